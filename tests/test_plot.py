@@ -64,10 +64,6 @@ class Result:
                 self.chi2[i] = np.sum(((data - model) * inv_sigma) ** 2)
             self._stamps.append((data, inv_sigma, model))
 
-    @property
-    def stds(self):
-        return np.sqrt(np.diagonal(self.cov, axis1=1, axis2=2))
-
     def __len__(self):
         return len(self.params)
 
@@ -539,3 +535,27 @@ def test_import_leaves_matplotlib_alone():
 def test_vector_output(tmp_path):
     plot.fit(Result())[0].figure.savefig(tmp_path / "fit.pdf")
     assert (tmp_path / "fit.pdf").stat().st_size > 1000
+
+
+def test_real_results(rng):
+    pytest.importorskip("galmorph.fitting")
+    from galmorph import GaussianGalaxy2D, SersicGalaxy2D, fit_images
+
+    truth = SersicGalaxy2D(flux=2000, x_0=15, y_0=16, r_eff=4, n=1.5, ellip=0.3, theta=0.4)
+    images = truth.render((32, 32)) + rng.normal(10, 1, (3, 32, 32))
+    images[1] = np.nan
+    images[2, :6, :6] = np.nan
+    results = {
+        "Gaussian": fit_images(images, GaussianGalaxy2D(), uncertainty=1.0),
+        "Sérsic": fit_images(images, SersicGalaxy2D(), uncertainty=1.0),
+    }
+    for i in range(3):
+        axes = plot.fit(results["Sérsic"], i)
+        assert bool(axes[1].images) == (i != 1)
+        plot.compare_fits(results, i)
+        plot.radial_profile(results, i)
+        plot.corner(results["Sérsic"], i)
+    assert len(plot.contact_sheet(results).axes) == 4
+    # The model includes the background, which figures take off again.
+    residual = plot.fit(results["Sérsic"])[2].images[0].get_array()
+    assert abs(np.mean(residual)) < 0.2

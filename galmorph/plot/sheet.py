@@ -193,7 +193,8 @@ def _flux_text(result: FitResult, i: int) -> str:
     if "flux" not in names:
         return ""
     k = names.index("flux")
-    flux, error = float(result.params[i][k]), float(np.asarray(result.stds)[i][k])
+    flux = float(result.params[i][k])
+    error = float(np.sqrt(result.cov[i][k][k]))  # of this galaxy only: the result may be large
     if not np.isfinite(flux):
         return ""
     text = _magnitude(flux, result.data_unit) or _plain_flux(flux, result.data_unit)
