@@ -35,6 +35,7 @@ class Result:
         rng = np.random.default_rng(5) if rng is None else rng
         n = len(shapes)
         self.data_unit = unit
+        self.ids = 7 + np.arange(n)
         self.origin = np.array([(100 + 10 * i, 200) for i in range(n)])
         self.params = np.full((n, len(NAMES)), np.nan)
         self.cov = np.full((n, len(NAMES), len(NAMES)), np.nan)
@@ -135,7 +136,7 @@ class TestFit:
         result = Result([(20, 20)] * 3)
         result.flags[2] = FitFlag.AT_BOUND | FitFlag.POOR_FIT
         text = plot.fit(result, -1)[0].figure.get_suptitle()
-        assert "Galaxy 2" in text
+        assert "Galaxy 9" in text
         assert f"χ²/dof = {result.chi2[2] / result.dof[2]:.2f}" in text
         assert "at bound, poor fit" in text
 
@@ -312,7 +313,7 @@ class TestRadialProfile:
 
     def test_failed_galaxy_shows_its_data(self):
         axes = plot.radial_profile(Result(failed=[0]))
-        assert "No fit" in axes[0].get_title()
+        assert "no fit" in axes[0].get_title()
         assert len(axes[0].containers[0].lines[0].get_xdata()) > 5
 
     def test_no_usable_pixel(self):
@@ -406,9 +407,9 @@ class TestContactSheet:
 
     def test_labels(self):
         result = Result([(20, 20)] * 2, unit=u.nJy)
-        figure = plot.contact_sheet(result, [1], names=["east", "west"])
+        figure = plot.contact_sheet(result, [1])
         texts = [text.get_text() for text in figure.axes[0].texts]
-        assert "west" in texts
+        assert "8" in texts
         magnitude = -2.5 * np.log10(3e4) + 31.4
         assert any(f"= {magnitude:.2f}" in text and "S/N = 300" in text for text in texts)
 
@@ -425,7 +426,7 @@ class TestContactSheet:
 
     @pytest.mark.parametrize(
         "options",
-        [{"indices": []}, {"ncols": 0}, {"max_galaxies": 0}, {"names": []}, {"residual_limit": 0}],
+        [{"indices": []}, {"ncols": 0}, {"max_galaxies": 0}, {"residual_limit": 0}],
     )
     def test_bad_options(self, options):
         with pytest.raises(ValueError):

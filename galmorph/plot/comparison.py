@@ -74,8 +74,7 @@ def compare_fits(
     # A failed fit has no background to take off the data.
     first = next((v for v in views.values() if v.model is not None), next(iter(views.values())))
     if axes is None:
-        many = len(first.result) > 1
-        axes = _grid(first.shape, len(views), f"Galaxy {first.i}" if many else "")
+        axes = _grid(first.shape, len(views), labels.galaxy_text(first.result, first.i))
     axes = np.asarray(axes, dtype=object)
     if axes.shape != (2, 1 + len(views)):
         raise ValueError(f"axes must have shape {(2, 1 + len(views))}, got {axes.shape}")
@@ -120,8 +119,7 @@ def _grid(shape: tuple[int, int], n_models: int, title: str) -> np.ndarray:
         layout="compressed",
         squeeze=False,
     )
-    if title:
-        figure.suptitle(title, fontsize="medium")
+    figure.suptitle(title, fontsize="medium")
     return axes
 
 

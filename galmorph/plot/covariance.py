@@ -92,7 +92,7 @@ def corner(
     if not shown:
         ax = fig.subplots()
         ax.set(xticks=[], yticks=[])
-        drawing.draw_note(ax, f"galaxy {i}: no covariance")
+        drawing.draw_note(ax, f"{labels.galaxy_text(result, i)}: no covariance")
         return fig
 
     cov = np.asarray(result.cov[i], dtype=float)

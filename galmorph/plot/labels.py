@@ -87,6 +87,11 @@ def model_name(result: FitResult) -> str:
     return type(result.model).__name__
 
 
+def galaxy_text(result: FitResult, i: int) -> str:
+    """What to call a galaxy: by its id, which a part of a result keeps."""
+    return f"Galaxy {result.ids[i]}"
+
+
 def chi2_text(result: FitResult, i: int) -> str:
     """Reduced chi-square with what it is made of, e.g. ``χ²/dof = 1.02 (4080/4000)``."""
     ratio = reduced_chi2_text(result, i)

@@ -115,7 +115,6 @@ def fit(
 
 
 def _summary(view: drawing.StampView, *, most: int | None = None) -> list[str]:
-    parts = [] if len(view.result) == 1 else [f"Galaxy {view.i}"]
-    parts.append(labels.chi2_text(view.result, view.i))
+    parts = [labels.galaxy_text(view.result, view.i), labels.chi2_text(view.result, view.i)]
     flags = labels.flag_text(view.result, view.i, most=most)
     return [*parts, f"flags: {flags}" if flags else "no flags"]

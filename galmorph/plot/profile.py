@@ -109,13 +109,13 @@ def radial_profile(
         _draw_legend(axes[0])
     axes[-1].set_xlabel("Semi-major axis [pixel]")
     axes[-1].set_xlim(left=0)
+    name = labels.galaxy_text(first.result, first.i)
+    title = name if fitted else f"{name}, no fit: circles about the stamp's centre"
+    axes[0].set_title(title, fontsize="medium")
     if not fitted:
-        axes[0].set_title("No fit: circles about the stamp's centre", fontsize="medium")
         for empty in axes[1:] if data.a.size else axes:
             empty.set_yticks([])
             drawing.draw_note(empty, "no fit" if data.a.size else "no usable pixels")
-    elif len(first.result) > 1:
-        axes[0].set_title(f"Galaxy {first.i}", fontsize="medium")
     return axes
 
 

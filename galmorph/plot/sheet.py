@@ -25,14 +25,13 @@ def contact_sheet(
     *,
     ncols: int | None = None,
     max_galaxies: int = 48,
-    names: Sequence[str] | None = None,
     residual_limit: float = 5.0,
 ) -> Figure:
     """Draw many galaxies as thumbnails: data, then model and residual of each fit.
 
     Every galaxy has its own stretch, shared by its data and models; the
-    residuals of all have one range.  Below each galaxy stand its number or
-    name, the fitted flux (an AB magnitude where the unit of the data has one),
+    residuals of all have one range.  Below each galaxy stand its id, the
+    fitted flux (an AB magnitude where the unit of the data has one),
     its signal-to-noise ratio and, in red, its flags, all of the first fit.
 
     Parameters
@@ -45,8 +44,6 @@ def contact_sheet(
         Galaxies in a row.  By default as many as give a portrait page.
     max_galaxies : int, optional
         Draw no more than this many; the figure says how many were left out.
-    names : sequence of str, length of ``results``, optional
-        What to call the galaxies.  By default their numbers.
     residual_limit : float, optional
         Range of the residuals' colours, in σ.
 
@@ -62,7 +59,7 @@ def contact_sheet(
         If one of ``indices`` is out of range.
     ValueError
         If there is nothing to draw, the fits are of different stamps, or
-        ``ncols``, ``max_galaxies`` or ``names`` do not fit.
+        ``ncols`` or ``max_galaxies`` is below 1.
 
     Examples
     --------
@@ -85,8 +82,6 @@ def contact_sheet(
     if not wanted:
         raise ValueError("no galaxies to draw")
     wanted = [drawing.galaxy_index(first, i) for i in wanted]
-    if names is not None and len(names) != len(first):
-        raise ValueError(f"names must have one name for each of {len(first)} galaxies")
     chosen = wanted[:max_galaxies]
     per_galaxy = 1 + 2 * len(results)
     if ncols is None:
@@ -99,7 +94,7 @@ def contact_sheet(
         views = {name: drawing.StampView(result, i) for name, result in results.items()}
         drawing.check_same_stamp(views)
         _draw_galaxy(ax, list(views.values()), residual_limit)
-        _caption(ax, first, i, f"{i}" if names is None else str(names[i]))
+        _caption(ax, first, i)
     for ax in axes[:ncols]:
         _head(ax, list(results))
     _foot(bar_ax, residual_limit, len(wanted) - len(chosen))
@@ -180,8 +175,8 @@ def _head(ax: Axes, models: list[str]) -> None:
         ax.text(x, 1.06, text, ha="center", va="bottom", fontsize=size)
 
 
-def _caption(ax: Axes, result: FitResult, i: int, name: str) -> None:
-    ax.text(0, -0.05, name, va="top", fontsize=8, fontweight="bold", parse_math=False)
+def _caption(ax: Axes, result: FitResult, i: int) -> None:
+    ax.text(0, -0.05, str(result.ids[i]), va="top", fontsize=8, fontweight="bold", parse_math=False)
     ax.text(ax.get_xlim()[1], -0.05, _flux_text(result, i), ha="right", va="top", fontsize=7.5)
     flags = labels.flag_text(result, i, most=3)
     ax.text(0, -0.20, flags, va="top", fontsize=6.5, color="#b2182b")
