@@ -1,0 +1,55 @@
+"""galmorph: galaxy models, fitted to images, as astropy models and fitters."""
+
+from __future__ import annotations
+
+import importlib
+
+import astropy.modeling  # noqa: F401  first of all: it imports our fitters by entry point
+
+__all__ = [
+    "BulgeDiskGalaxy2D",
+    "FitFlag",
+    "FitResult",
+    "GaussianGalaxy2D",
+    "LogNormal",
+    "MAPFitter",
+    "Normal",
+    "PSF",
+    "PointSource2D",
+    "SersicGalaxy2D",
+    "__version__",
+    "decode_flags",
+    "fit_images",
+]
+
+_HOME = {
+    "BulgeDiskGalaxy2D": "models",
+    "GaussianGalaxy2D": "models",
+    "PointSource2D": "models",
+    "SersicGalaxy2D": "models",
+    "FitFlag": "flags",
+    "decode_flags": "flags",
+    "FitResult": "results",
+    "LogNormal": "priors",
+    "Normal": "priors",
+    "MAPFitter": "fitting",
+    "PSF": "psf",
+    "fit_images": "images",
+}
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        try:
+            return importlib.import_module("galmorph._version").__version__
+        except ImportError:
+            return "0+unknown"
+    if name in _HOME:
+        return getattr(importlib.import_module(f"galmorph.{_HOME[name]}"), name)
+    if name in {"plot", "detection", "benchmarks"}:
+        return importlib.import_module(f"galmorph.{name}")
+    raise AttributeError(f"module 'galmorph' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
