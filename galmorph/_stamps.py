@@ -115,8 +115,9 @@ class PSFSource:
         if psf is None:
             return
         if _is_stack(psf):
-            if len(psf) != n:
-                raise ValueError(f"there are {len(psf)} PSFs for {n} galaxies")
+            count = len(psf) if isinstance(psf, list | tuple) else psf.shape[0]
+            if count != n:
+                raise ValueError(f"there are {count} PSFs for {n} galaxies")
             self._each = psf
         else:
             self.shared = PSF.from_any(psf)
@@ -130,7 +131,11 @@ class PSFSource:
         bad = np.zeros(len(indices), dtype=bool)
         if self._each is None:
             return self.shared, bad
-        psfs = [try_psf(self._each[i]) for i in indices]
+        each, n = self._each, len(indices)
+        if n and not isinstance(each, list | tuple) and indices[-1] - indices[0] == n - 1:
+            each = np.asarray(each[int(indices[0]) : int(indices[0]) + n])  # one read for all
+            indices = range(n)
+        psfs = [try_psf(each[int(i)]) for i in indices]
         return psfs, np.array([p is None for p in psfs])
 
 
