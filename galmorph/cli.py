@@ -433,7 +433,7 @@ def _fit(args: argparse.Namespace) -> int:
 def _check_output(args: argparse.Namespace) -> Path:
     """Everything that would fail after the fits is looked at before them."""
     output = Path(args.output)
-    if output.suffix.lower() not in {".fits", ".fit", ".ecsv"}:
+    if not output.name.lower().endswith((".fits", ".fits.gz", ".ecsv")):
         raise UsageError(f"-o {output}: the name must end in .fits or .ecsv")
     if output.exists() and not args.overwrite:
         raise UsageError(f"{output} exists; choose another name, or say --overwrite")

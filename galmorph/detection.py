@@ -246,11 +246,16 @@ def _background(data, bad, kind, box_size) -> tuple[np.ndarray, np.ndarray]:
 def _smooth(data: np.ndarray, bad: np.ndarray, fwhm: float | None) -> np.ndarray:
     if fwhm is None:
         return np.where(bad, 0.0, data)
-    from astropy.convolution import convolve
     from photutils.segmentation import make_2dgaussian_kernel
+    from scipy.ndimage import convolve
 
-    kernel = make_2dgaussian_kernel(fwhm, size=2 * math.ceil(1.5 * fwhm) + 1)
-    return convolve(np.where(bad, 0.0, data), kernel, mask=bad, normalize_kernel=True)
+    kernel = make_2dgaussian_kernel(fwhm, size=2 * math.ceil(1.5 * fwhm) + 1).array
+    light = convolve(np.where(bad, 0.0, data), kernel, mode="constant")
+    if not bad.any():
+        return light
+    # Bad pixels take no part; what they would have weighed goes to their neighbours.
+    weight = convolve((~bad).astype(float), kernel, mode="constant")
+    return light / np.maximum(weight, kernel.max())
 
 
 def _segment(data, bad, rms, settings) -> Any:
@@ -603,8 +608,8 @@ def _locus(sigma: np.ndarray, tolerance: float, min_stars: int) -> tuple[np.ndar
         center = new
     inside = np.abs(size - center) < tolerance
     above = np.sum((size >= center + tolerance) & (size < center + 3 * tolerance))
-    # A locus has more sources than the next, equally wide step of size.
-    return inside, bool(inside.sum() > 1.5 * above)
+    # A locus of stars is followed by a gap; galaxies run on into the next, equally wide step.
+    return inside, bool(inside.sum() > 3 * above)
 
 
 def _stacked(detection, stars, chosen, half, oversampling, distinct, sizes) -> PSFEstimate:
@@ -819,7 +824,7 @@ def gaussian_psf(fwhm: float, *, size: int | None = None) -> PSF:
     --------
     >>> from galmorph.detection import gaussian_psf
     >>> gaussian_psf(2.5)
-    PSF(shape=(61, 61), oversampling=4, includes_pixel=True)
+    PSF(shape=(57, 57), oversampling=4, includes_pixel=True)
     """
     fwhm = _positive(fwhm, "fwhm")
     oversampling = max(1, math.ceil(8 / fwhm))
