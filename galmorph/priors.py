@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-__all__ = ["LogNormal", "Normal", "Prior"]
+__all__ = ["INDEX_PRIOR", "LogNormal", "Normal", "Prior"]
 
 
 class Prior(Protocol):
@@ -104,3 +104,8 @@ class LogNormal:
     def sample(self, size: int, rng: np.random.Generator | int | None = None) -> np.ndarray:
         """Draw ``size`` values."""
         return self.median * np.exp(self.sigma * np.random.default_rng(rng).normal(size=size))
+
+
+#: Of Sérsic indices, where nothing else is said: broad enough for the disks (n near 1) and
+#: the ellipticals (n near 4) of nearby surveys alike (Simard et al. 2011, ApJS 196, 11).
+INDEX_PRIOR = LogNormal(2.0, 0.7)

@@ -12,7 +12,7 @@ from galmorph.rendering.fourier import FourierRenderer
 from galmorph.rendering.parameters import Ellipse, components, raw_jacobian
 from galmorph.rendering.transfer import make_transfer
 
-__all__ = ["evaluate_grid", "evaluate_points"]
+__all__ = ["evaluate_grid", "evaluate_points", "pixel_images"]
 
 
 def _render(
@@ -84,7 +84,7 @@ def evaluate_grid(
     """
     if psf is None:
         y, x = np.mgrid[: shape[0], : shape[1]]
-        result = _evaluate_pixels(ellipses, names, params, x.ravel(), y.ravel(), derivatives)
+        result = pixel_images(ellipses, names, params, x.ravel(), y.ravel(), derivatives)
         if not derivatives:
             return result.reshape(-1, *shape)
         return tuple(r.reshape(*r.shape[:-1], *shape) for r in result)
@@ -136,7 +136,7 @@ def evaluate_points(
         empty = np.zeros((len(params), 0))
         return (empty, np.zeros((*params.shape, 0))) if derivatives else empty
     if psf is None:
-        return _evaluate_pixels(ellipses, names, params, x, y, derivatives)
+        return pixel_images(ellipses, names, params, x, y, derivatives)
     origin = np.array([x.min(), y.min()])
     column, row = np.rint(x - origin[0]), np.rint(y - origin[1])
     shape = (int(row.max()) + 1, int(column.max()) + 1)
@@ -180,7 +180,7 @@ def _evaluate_off_grid(ellipses, names, params, x, y, psf, derivatives):
     return (values, slopes) if derivatives else values
 
 
-def _evaluate_pixels(ellipses, names, params, x, y, derivatives):
+def pixel_images(ellipses, names, params, x, y, derivatives):
     """Without a PSF: light integrated over the pixels exactly."""
     from galmorph.rendering.pixel import sersic_pixel_flux, sersic_pixel_flux_jacobian
 

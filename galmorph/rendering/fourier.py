@@ -50,14 +50,22 @@ class RawImages:
 
     Attributes
     ----------
-    image : tensor, shape (B, ny, nx)
-    derivatives : tensor, shape (B, R, ny, nx), or None
-        In the order x_0, y_0, then for each component its share of the light (only when
+    columns : tensor, shape (B, 1 + R, ny, nx)
+        The image, then its derivatives (R = 0 without) in the order x_0, y_0, then for each component its share of the light (only when
         it has a ``weight``), xx, xy, yy of its shape and n (only when a tensor).
     """
 
-    image: torch.Tensor
-    derivatives: torch.Tensor | None
+    columns: torch.Tensor
+
+    @property
+    def image(self) -> torch.Tensor:
+        """The images, (B, ny, nx)."""
+        return self.columns[:, 0]
+
+    @property
+    def derivatives(self) -> torch.Tensor:
+        """The derivatives, (B, R, ny, nx)."""
+        return self.columns[:, 1:]
 
 
 # Chebyshev nodes along each axis for the nearest repetitions, and for the next
@@ -149,7 +157,7 @@ class FourierRenderer:
         spectra = [self._spectra(c, derivatives) for c in components]
         image = self._to_pixels(*_combine(components, spectra), x_0, y_0, derivatives)
         image = self._without_repetitions(image, components, x_0, y_0, derivatives)
-        return RawImages(image[:, 0], image[:, 1:] if derivatives else None)
+        return RawImages(image)
 
     def _spectra(self, component: Component, derivatives: bool) -> list[torch.Tensor]:
         """Real amplitudes: of the profile, then of d/dxx, d/dxy, d/dyy and d/dn."""

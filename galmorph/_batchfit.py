@@ -1,0 +1,595 @@
+"""Fitting a batch of stamps with one model, in torch: what `MAPFitter` does behind its face."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from galmorph._guess import Guess, WindowTemplates, first_guess, window_widths
+from galmorph.inference.least_squares import (
+    LeastSquaresResult,
+    Linearisation,
+    levenberg_marquardt,
+)
+from galmorph.priors import Prior
+from galmorph.psf import PSF, cached_radius
+from galmorph.rendering.evaluate import pixel_images
+from galmorph.rendering.fourier import FourierRenderer
+from galmorph.rendering.parameters import Coordinates, Ellipse, components
+from galmorph.rendering.sersic import sersic_table
+from galmorph.rendering.transfer import make_transfer
+
+if TYPE_CHECKING:
+    from galmorph.models.base import GalaxyModel
+
+__all__ = ["BatchSetup", "fit_batch"]
+
+_WIDE = torch.float64
+# points that stand for a posterior
+_POINTS = 256
+
+
+@dataclass
+class BatchSetup:
+    """What is the same for all stamps of a batch.
+
+    Attributes
+    ----------
+    model : GalaxyModel
+        Template: which parameters are free, tied and bounded, and the values of fixed ones.
+    priors : mapping of str to Prior
+    background : {"none", "constant", "tilted"}
+    device, dtype : torch device and dtype of the rendering
+    window : int
+        How many galaxies are worked on at once.
+    max_iter : int
+    max_shift : float or None
+        How far the centre may go from the first guess, in pixels.
+    start : array, shape (B, P), or None
+        Where to start, instead of guessing.
+    origin : tuple of float
+        (x, y) of the first pixel in the coordinates of the bounds of the model.
+    """
+
+    model: GalaxyModel
+    priors: Mapping[str, Prior] = field(default_factory=dict)
+    background: str = "none"
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype = torch.float32
+    window: int = 128
+    max_iter: int = 60
+    max_shift: float | None = None
+    start: np.ndarray | None = None
+    origin: tuple[float, float] = (0.0, 0.0)
+
+    def __post_init__(self) -> None:
+        model = self.model
+        self.names = tuple(model.param_names)
+        self.ellipses: Sequence[Ellipse] = model.ellipses()
+        self.tied = [n for n in self.names if model.tied[n]]
+        self.free = [not (model.fixed[n] or model.tied[n]) for n in self.names]
+        default = {
+            n: tuple(getattr(type(model), n).bounds) for n in self.names
+        }
+        self.bounds = {n: tuple(model.bounds[n]) for n in self.names}
+        native = {n for n in self.names if self.bounds[n] != default[n]}
+        native |= set(self.priors) | {n for n in self.names if not self.free[self.names.index(n)]}
+        if self.tied:  # a tie may hang on any parameter: walk in the parameters themselves
+            native |= set(self.names)
+        linear = "flux" not in native
+        for name, shift in zip(("x_0", "y_0"), self.origin, strict=True):
+            self.bounds[name] = tuple(b if b is None else b - shift for b in self.bounds[name])
+        self.coordinates = Coordinates(
+            ellipses=self.ellipses,
+            names=self.names,
+            free=self.free,
+            native=native,
+            linear_flux=linear,
+            tie=self._tie if self.tied else None,
+        )
+
+    def _tie(self, params: torch.Tensor) -> torch.Tensor:
+        """Evaluate astropy's ties for all rows at once, on a model set."""
+        model = self.model
+        values = params.detach().cpu().numpy()
+        columns = [np.ascontiguousarray(values[:, i]) for i in range(len(self.names))]
+        many = type(model)(*columns, n_models=len(values))
+        result = params.clone()
+        for name in self.tied:
+            value = model.tied[name](many)
+            value = np.broadcast_to(np.asarray(getattr(value, "value", value), float), len(values))
+            setattr(many, name, value)
+            result[:, self.names.index(name)] = torch.as_tensor(value.copy()).to(params)
+        return result
+
+
+class _GalaxyProblem:
+    """The batch as `levenberg_marquardt` sees it."""
+
+    def __init__(
+        self,
+        setup: BatchSetup,
+        data: torch.Tensor,
+        weight: torch.Tensor,
+        templates: torch.Tensor,
+        template_params: torch.Tensor,
+        scale: torch.Tensor,
+        shape: tuple[int, int],
+        renderer: FourierRenderer | None,
+    ) -> None:
+        self.setup, self.shape, self.renderer = setup, shape, renderer
+        self.data, self.weight, self.templates = data, weight, templates
+        self.template_params, self.scale = template_params, scale
+        self.linear_amplitude = setup.coordinates.linear_flux
+
+    def params(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self.setup.coordinates.to_params(u, self.template_params[rows])
+
+    def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
+        setup, coordinates = self.setup, self.setup.coordinates
+        params = self.params(u, rows)
+        if self.renderer is None:
+            columns = self._pixel_columns(params)
+            chain = coordinates.params_jacobian(u, params)[:, 1:]
+        else:
+            dtype = self.data.dtype
+            drawn = components(setup.ellipses, setup.names, params.to(dtype))
+            raw = self.renderer.rows(rows)(
+                drawn, params[:, 1].to(dtype), params[:, 2].to(dtype), derivatives=True
+            )
+            columns = raw.columns.flatten(2)
+            chain = coordinates.chain(u, params)
+        result = Linearisation(columns=columns, chain=chain)
+        if not self.linear_amplitude:
+            result.amplitude = params[:, 0] / self.scale[rows]
+            jacobian = coordinates.params_jacobian(u, params)
+            result.amplitude_chain = jacobian[:, 0] / self.scale[rows][:, None]
+        if setup.priors:
+            result.penalty, result.penalty_chain = self._penalties(u, params)
+        return result
+
+    def _pixel_columns(self, params: torch.Tensor) -> torch.Tensor:
+        ny, nx = self.shape
+        y, x = np.mgrid[:ny, :nx]
+        unit = params.cpu().clone()
+        unit[:, 0] = 1.0
+        image, slopes = pixel_images(
+            self.setup.ellipses, self.setup.names, unit.numpy(), x.ravel(), y.ravel(), True
+        )
+        columns = np.concatenate([image[:, None], slopes[:, 1:]], 1)
+        return torch.as_tensor(columns).to(self.data)
+
+    def _penalties(
+        self, u: torch.Tensor, params: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        jacobian = self.setup.coordinates.params_jacobian(u, params)
+        values, slopes = [], []
+        for name, prior in self.setup.priors.items():
+            i = self.setup.names.index(name)
+            value, slope = prior.residual(params[:, i].cpu().numpy())
+            values.append(torch.as_tensor(value).to(params))
+            slopes.append(torch.as_tensor(slope).to(params)[:, None] * jacobian[:, i])
+        return torch.stack(values, 1), torch.stack(slopes, 1)
+
+    def project(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Keep ellipses that are walked in eta within the largest ellipticity."""
+        for block in self.setup.coordinates.blocks:
+            if block.kind != "ellipse":
+                continue
+            largest = self.setup.bounds[self.setup.ellipses[block.ellipse].ellip][1]
+            limit = -np.log1p(-(min(largest, 0.99) if largest is not None else 0.99))
+            eta = u[:, block.coordinates[1:]]
+            g = torch.linalg.norm(eta, dim=1, keepdim=True)
+            u = u.clone()
+            u[:, block.coordinates[1:]] = eta * (limit / g.clamp_min(limit))
+            radius = u[:, block.coordinates[0]].clamp(np.log(0.02), np.log(8 * max(self.shape)))
+            u[:, block.coordinates[0]] = radius
+        return u
+
+
+def _coordinate_bounds(
+    setup: BatchSetup, start: torch.Tensor, guess: Guess | None, shape: tuple[int, int], shift: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of the coordinates that are parameters or their logarithms: (B, U) each."""
+    lower = torch.full((start.shape[0], setup.coordinates.size), -torch.inf, dtype=_WIDE)
+    upper = -lower
+    for block in setup.coordinates.blocks:
+        if block.kind == "ellipse":
+            continue
+        name = setup.names[block.parameters[0]]
+        low, high = setup.bounds[name]
+        low = -np.inf if low is None else low
+        high = np.inf if high is None else high
+        if block.kind == "log":
+            low, high = np.log(max(low, 1e-3)), np.log(high) if high < np.inf else np.inf
+        c = block.coordinates[0]
+        lower[:, c], upper[:, c] = low, high
+        if guess is not None and name in ("x_0", "y_0"):
+            centre = (guess.x_0 if name == "x_0" else guess.y_0).to(_WIDE).cpu()
+            lower[:, c] = torch.maximum(lower[:, c], centre - shift)
+            upper[:, c] = torch.minimum(upper[:, c], centre + shift)
+    return lower.to(start.device), upper.to(start.device)
+
+
+def _start_params(setup: BatchSetup, template: torch.Tensor, guess: Guess) -> torch.Tensor:
+    """Parameters (B, P) of the first guess; what is not free stays as it is."""
+    params = template.clone()
+    names = setup.names
+
+    def put(name: str, value: torch.Tensor) -> None:
+        i = names.index(name)
+        if setup.free[i]:
+            low, high = (np.inf * s if b is None else b for b, s in zip(setup.bounds[name], (-1, 1)))
+            params[:, i] = value.to(params).clamp(low, high)
+
+    put("x_0", guess.x_0)
+    put("y_0", guess.y_0)
+    g = torch.hypot(guess.eta1, guess.eta2)
+    theta = 0.5 * torch.atan2(guess.eta2, guess.eta1)
+    parts = len(setup.ellipses)
+    for i, e in enumerate(setup.ellipses):
+        if e.share is not None and e.share[0] != "-":
+            put(e.share, torch.full_like(g, 0.3))
+        if e.r is None:
+            continue
+        # with two parts the first is the compact one
+        factor = 1.0 if parts == 1 else (0.45, 1.25)[min(i, 1)]
+        put(e.r, guess.r * torch.exp(0.5 * g) * factor)
+        if isinstance(e.n, str):
+            put(e.n, guess.n if parts == 1 else torch.full_like(g, 2.5))
+        put(e.ellip, -torch.expm1(-(g if parts == 1 or i else 0.5 * g)))
+        put(e.theta, theta)
+    return params if setup.coordinates.tie is None else setup.coordinates.tie(params)
+
+
+def _window_templates(
+    psf: PSF | None, psf_sigma: float, shape: tuple[int, int], like: torch.Tensor
+) -> WindowTemplates:
+    """Sums under the windows for round profiles on a grid of radius and index."""
+    sigma = torch.tensor(window_widths(shape, psf_sigma), dtype=like.dtype, device=like.device)
+    radii = np.geomspace(0.5, max(min(shape) / 2.5, 1.0), 14)
+    r, n = (torch.as_tensor(a.ravel()) for a in np.meshgrid(radii, [0.5, 1.0, 2.0, 4.0]))
+    r, n = r.to(like), n.to(like)
+    size = 2 * int(np.ceil(2.5 * float(sigma.max()))) + 1
+    stamp = (size, size)
+    kernel = PSF(np.ones((1, 1)), includes_pixel=False) if psf is None else psf
+    renderer = FourierRenderer(
+        stamp, make_transfer(kernel, stamp, drift=0.0, dtype=like.dtype, device=like.device)
+    )
+    middle = torch.full_like(r, 0.5 * (size - 1))
+    names = ("flux", "x_0", "y_0", "r_eff", "n", "ellip", "theta")
+    zero = torch.zeros_like(r)
+    params = torch.stack([zero + 1, middle, middle, r, n, zero, zero], -1)
+    drawn = components([Ellipse("r_eff", "n")], names, params)
+    image = renderer(drawn, middle, middle).image
+    offset = torch.arange(size, dtype=like.dtype, device=like.device) - 0.5 * (size - 1)
+    window = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
+    sums = torch.einsum("tyx,kx,ky->tk", image, window, window)
+    return WindowTemplates(sigma=sigma, sums=sums, r=r, n=n, psf_sigma=psf_sigma)
+
+
+@dataclass
+class BatchResult:
+    """Where the fit of a batch ended (numpy, in stamp coordinates and data units)."""
+
+    params: np.ndarray
+    cov: np.ndarray
+    background: np.ndarray
+    background_cov: np.ndarray
+    chi2: np.ndarray
+    cost: np.ndarray
+    n_iter: np.ndarray
+    converged: np.ndarray
+    at_bound: np.ndarray
+    bad_covariance: np.ndarray
+
+
+def background_templates(kind: str, shape: tuple[int, int]) -> np.ndarray:
+    """Linear templates of the background, (nb, ny, nx), about the middle of the stamp.
+
+    Parameters
+    ----------
+    kind : {"none", "constant", "tilted"}
+    shape : tuple of int
+        (ny, nx).
+
+    Returns
+    -------
+    array, shape (0, 1 or 3, ny, nx)
+    """
+    y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
+    parts = [np.ones(shape), x - 0.5 * (shape[1] - 1), y - 0.5 * (shape[0] - 1)]
+    count = {"none": 0, "constant": 1, "tilted": 3}[kind]
+    return np.array(parts[:count]).reshape(count, *shape)
+
+
+@torch.no_grad()
+def fit_batch(
+    setup: BatchSetup,
+    data: np.ndarray,
+    inv_sigma: np.ndarray,
+    psf: PSF | Sequence[PSF] | None,
+    position: np.ndarray,
+) -> BatchResult:
+    """Fit every stamp of a batch.
+
+    Parameters
+    ----------
+    setup : BatchSetup
+    data, inv_sigma : array, shape (B, ny, nx)
+        Pixels and one over their uncertainty, zero where unusable.
+    psf : PSF, sequence of PSF, or None
+        Shared, or one a stamp; None: no PSF, pixel-integrated light.
+    position : array, shape (B, 2)
+        (x, y) where known, NaN elsewhere.
+
+    Returns
+    -------
+    BatchResult
+    """
+    shape = data.shape[1:]
+    device, dtype = setup.device, setup.dtype
+    # in units of the smallest uncertainty of each stamp, so that any precision will do
+    best = inv_sigma.reshape(len(data), -1).max(1)
+    scale = torch.as_tensor(1.0 / best, dtype=_WIDE, device=device)
+    values = torch.as_tensor(data * best[:, None, None], dtype=dtype, device=device)
+    weight = torch.as_tensor(inv_sigma / best[:, None, None], dtype=dtype, device=device)
+    psfs = [psf] if isinstance(psf, PSF) else list(psf or [])
+    psf_sigma = float(np.median([p.sigma for p in psfs])) if psfs else 0.5
+    shift = setup.max_shift or max(4.0, 1.5 * psf_sigma, 0.06 * min(shape))
+
+    template = torch.as_tensor(
+        np.array([[float(np.ravel(getattr(setup.model, n).value)[0]) for n in setup.names]]),
+        dtype=_WIDE,
+        device=device,
+    ).repeat(len(data), 1)
+    guess = None
+    if setup.start is not None:
+        start = torch.as_tensor(setup.start, dtype=_WIDE, device=device)
+        template = start.clone()
+    else:
+        guess = first_guess(
+            values,
+            weight > 0,
+            _window_templates(psfs[0] if psfs else None, psf_sigma, shape, values),
+            position=torch.as_tensor(position, dtype=dtype, device=device),
+            limit=shift,
+            background=setup.background != "none",
+        )
+        start = _start_params(setup, template, guess)
+
+    templates = torch.as_tensor(
+        background_templates(setup.background, shape), dtype=dtype, device=device
+    ).flatten(1)
+    lower, upper = _coordinate_bounds(setup, start, guess, shape, shift)
+    problem = _GalaxyProblem(
+        setup, values.flatten(1), weight.flatten(1), templates, template, scale, shape,
+        _renderer(psfs, shape, start, shift, setup, reach=0.3),
+    )
+    solve = _Solver(setup, problem, lower, upper)
+    result = solve(start)
+    if setup.start is None:
+        _try_other_starts(setup, solve, result, start)
+    if psfs:
+        _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift)
+    return _summarise(setup, problem, result, scale, lower, upper)
+
+
+def _renderer(psfs, shape, start, shift, setup, *, reach: float) -> FourierRenderer | None:
+    if not psfs:
+        return None
+    middle = start.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
+    drift = ((start[:, 1:3] - middle).abs().amax(0) + shift).tolist()
+    transfer = make_transfer(
+        psfs[0] if len(psfs) == 1 else psfs,
+        shape,
+        drift=(drift[1], drift[0]),
+        reach=reach,
+        dtype=setup.dtype,
+        device=setup.device,
+    )
+    return FourierRenderer(shape, transfer)
+
+
+class _Solver:
+    """`levenberg_marquardt` with everything but the start."""
+
+    def __init__(self, setup, problem, lower, upper) -> None:
+        self.setup, self.problem, self.lower, self.upper = setup, problem, lower, upper
+
+    def __call__(
+        self, start: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> LeastSquaresResult:
+        return levenberg_marquardt(
+            self.problem,
+            self.setup.coordinates.from_params(start),
+            lower=self.lower,
+            upper=self.upper,
+            max_iter=self.setup.max_iter,
+            relative_tolerance=1e-6 if self.setup.dtype == torch.float32 else 1e-10,
+            window=self.setup.window,
+            rows=rows,
+        )
+
+
+def _take_better(result: LeastSquaresResult, other: LeastSquaresResult, rows, margin) -> None:
+    """Put ``other`` in place of ``result`` where its cost is lower by ``margin``."""
+    ahead = other.cost[rows] < result.cost[rows] - margin
+    ahead |= ~torch.isfinite(result.cost[rows]) & torch.isfinite(other.cost[rows])
+    take = rows[ahead]
+    n_iter = result.n_iter[rows] + other.n_iter[rows]
+    for name in ("u", "linear", "cost", "chi2", "hessian", "converged", "at_bound"):
+        getattr(result, name)[take] = getattr(other, name)[take]
+    result.n_iter[rows] = n_iter
+
+
+def _try_other_starts(setup, solve, result, start) -> None:
+    """Start again, compact and extended, where the first start went astray."""
+    doubtful = ~result.converged | result.at_bound.any(1) | ~torch.isfinite(result.cost)
+    rows = torch.nonzero(doubtful)[:, 0]
+    if not rows.numel():
+        return
+    for factor, index in ((0.6, 1.0), (1.6, 3.0)):
+        again = start.clone()
+        for e in setup.ellipses:
+            if e.r is None:
+                continue
+            for name, value in (
+                (e.r, again[:, setup.names.index(e.r)] * factor),
+                (e.n, index),
+                (e.ellip, 0.15),
+            ):
+                if isinstance(name, str) and setup.free[setup.names.index(name)]:
+                    again[:, setup.names.index(name)] = value
+        if setup.coordinates.tie is not None:
+            again = setup.coordinates.tie(again)
+        _take_better(result, solve(again, rows), rows, 1e-3)
+
+
+def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> None:
+    """Finish elongated galaxies that reach the edge of the stamp in a wider box.
+
+    In the narrow one the repetitions of a thin disk are too sharp for the few nodes on
+    which they are subtracted; this matters where they are not below the noise.
+    """
+    problem = solve.problem
+    every = torch.arange(len(result.u), device=result.u.device)
+    params = problem.params(result.u, every)
+    at = {name: i for i, name in enumerate(setup.names)}
+    flux = result.linear[:, 0].abs()
+    wide = torch.zeros(len(params), dtype=torch.bool, device=params.device)
+    for e in setup.ellipses:
+        if e.r is None:
+            continue
+        r, ellip = params[:, at[e.r]], params[:, at[e.ellip]]
+        n = params[:, at[e.n]] if isinstance(e.n, str) else torch.full_like(r, e.n)
+        scalars = sersic_table(_WIDE, params.device).scalars_at(n)[0]
+        edge = 0.5 * min(shape) / r
+        light = torch.exp(scalars[:, 1] - scalars[:, 0] * edge ** (1 / n)) / (
+            r * r * (1 - ellip)
+        )
+        wide |= (ellip > 0.5) & (flux * light > 0.05)
+    rows = torch.nonzero(wide & torch.isfinite(result.cost))[:, 0]
+    if not rows.numel():
+        return
+    narrow = problem.renderer
+    problem.renderer = _renderer(psfs, shape, start, shift, setup, reach=0.9)
+    _take_better(result, solve(params, rows), rows, -torch.inf)
+    problem.renderer = narrow
+
+
+def _summarise(setup, problem, result, scale, lower, upper) -> BatchResult:
+    """Parameters and covariance in the units of the data."""
+    every = torch.arange(len(result.u), device=result.u.device)
+    params = problem.params(result.u, every)
+    if problem.linear_amplitude:
+        params[:, 0] = result.linear[:, 0] * scale
+    inverse, bad = _invert(result.hessian)
+    cov = _posterior_moments(setup, problem, result, params, inverse, scale, lower, upper)
+    cov[bad] = torch.nan
+    for e in setup.ellipses:
+        if e.r is not None:  # angles in (-pi/2, pi/2]
+            i = setup.names.index(e.theta)
+            if setup.free[i]:
+                params[:, i] = _wrap(params[:, i])
+    split = len(setup.names)
+    out = {
+        "params": params,
+        "cov": cov[:, :split, :split],
+        "background": result.linear[:, 1:] * scale[:, None],
+        "background_cov": cov[:, split:, split:],
+        "chi2": result.chi2,
+        "cost": result.cost,
+        "n_iter": result.n_iter,
+        "converged": result.converged,
+        "at_bound": result.at_bound,
+        "bad_covariance": bad,
+    }
+    return BatchResult(**{k: v.cpu().numpy() for k, v in out.items()})
+
+
+def _wrap(angle: torch.Tensor) -> torch.Tensor:
+    """An angle of an axis, in [-pi/2, pi/2)."""
+    return torch.remainder(angle + torch.pi / 2, torch.pi) - torch.pi / 2
+
+
+@lru_cache(maxsize=16)
+def _normal_points(size: int) -> torch.Tensor:
+    """Points (S, size) that stand for a normal distribution: fixed, even, with its moments."""
+    from scipy.special import ndtri
+    from scipy.stats import qmc
+
+    points = qmc.Sobol(size, scramble=True, rng=20261121).random(_POINTS // 2)
+    half = ndtri(np.clip(points, 1e-6, 1 - 1e-6))
+    z = np.concatenate([half, -half])
+    root = np.linalg.cholesky(np.linalg.inv(z.T @ z / len(z)))
+    return torch.as_tensor(z @ root, dtype=_WIDE)
+
+
+def _posterior_moments(setup, problem, result, params, inverse, scale, lower, upper):
+    """Second moments of parameters and background about their fitted values.
+
+    The posterior is normal in the coordinates of the fit (Laplace's approximation), in which
+    it is nearly so; the parameters are curved functions of these.  Points that stand for
+    the normal distribution are carried over, with a weight that makes the prior uniform
+    in axis ratio and angle.
+    """
+    size, batch = setup.coordinates.size, len(params)
+    unknowns = inverse.shape[1]
+    z = _normal_points(unknowns).to(params.device)
+    eye = torch.eye(unknowns, dtype=_WIDE, device=params.device)
+    safe = torch.where(torch.isfinite(inverse).all(2).all(1)[:, None, None], inverse, eye)
+    lift = 1e-12 * torch.diagonal(safe, dim1=1, dim2=2)
+    root = torch.linalg.cholesky_ex(safe + torch.diag_embed(lift))[0]
+    delta = z @ root.transpose(1, 2)  # (B, S, K)
+    u = result.u[:, None] + delta[..., :size]
+    weight = ((u >= lower[:, None]) & (u <= upper[:, None])).all(2).to(_WIDE)
+    u = torch.minimum(torch.maximum(u, lower[:, None]), upper[:, None])
+    for block in setup.coordinates.blocks:
+        if block.kind == "ellipse":
+            at = result.u[:, block.coordinates]
+            g0 = torch.hypot(at[:, 1], at[:, 2])[:, None]
+            g = torch.hypot(u[..., block.coordinates[1]], u[..., block.coordinates[2]])
+            soft = 0.1 * delta[..., block.coordinates[1:]].square().mean((1, 2)).sqrt()[:, None]
+            weight = weight * torch.exp(g0 - g) / torch.hypot(g, soft)
+    flat = u.reshape(-1, size)
+    template = params[:, None].expand(-1, z.shape[0], -1).reshape(-1, params.shape[1])
+    values = setup.coordinates.to_params(flat, template).reshape(batch, z.shape[0], -1)
+    offset = values - params[:, None]
+    n_linear = unknowns - size
+    background = delta[..., size + problem.linear_amplitude :] * scale[:, None, None]
+    if problem.linear_amplitude:
+        offset[..., 0] = delta[..., size] * scale[:, None]
+    for e in setup.ellipses:
+        if e.r is not None:
+            i = setup.names.index(e.theta)
+            offset[..., i] = _wrap(offset[..., i])
+    if n_linear > problem.linear_amplitude:
+        offset = torch.cat([offset, background], 2)
+    weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-300)
+    weight = torch.where(torch.isfinite(weight) & (weight.sum(1, keepdim=True) > 0.5), weight, 1.0 / z.shape[0])
+    return (offset * weight[..., None]).transpose(1, 2) @ offset
+
+
+def _invert(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of positive definite matrices, and which could not be inverted."""
+    diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
+    scale = diagonal.clamp_min(1e-300).rsqrt()
+    scaled = torch.nan_to_num(hessian * scale[:, :, None] * scale[:, None, :])
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    bad = (info > 0) | ~torch.isfinite(hessian).all(2).all(1) | (diagonal <= 0).any(1)
+    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    factor = torch.where(bad[:, None, None], eye, factor)
+    inverse = torch.cholesky_inverse(factor) * scale[:, :, None] * scale[:, None, :]
+    inverse[bad] = torch.nan
+    return inverse, bad
+
+
+def psf_radius(psf: PSF | None) -> float:
+    """Radius of a PSF in pixels; half a pixel without one."""
+    return 0.5 if psf is None else cached_radius(psf)

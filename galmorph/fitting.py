@@ -1,0 +1,343 @@
+"""Fitters: the astropy face of inference.
+
+This module is imported by everyone who imports `astropy.modeling` (it is an entry point of
+astropy), so that torch is imported only when something is fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from astropy.modeling.fitting import Fitter
+
+from galmorph import _astropy
+from galmorph.flags import FitFlag
+
+if TYPE_CHECKING:
+    from galmorph._stamps import StampBatch
+    from galmorph.models.base import GalaxyModel
+    from galmorph.priors import Prior
+
+__all__ = ["MAPFitter", "StampFits"]
+
+_BACKGROUNDS = ("none", "constant", "tilted")
+
+
+@dataclass
+class StampFits:
+    """Fits of a batch of stamps, in stamp coordinates; row i belongs to stamp i.
+
+    Attributes
+    ----------
+    params : array, shape (B, P)
+        NaN where nothing could be fitted.
+    cov : array, shape (B, P, P)
+        Covariance, the background and all else marginalised; zero for what was held.
+    background, background_cov : array, shape (B, nb), (B, nb, nb)
+        Constant, and slopes in x and y about the middle of the stamp.
+    chi2, dof, n_iter, flags : array, shape (B,)
+    """
+
+    params: np.ndarray
+    cov: np.ndarray
+    background: np.ndarray
+    background_cov: np.ndarray
+    chi2: np.ndarray
+    dof: np.ndarray
+    n_iter: np.ndarray
+    flags: np.ndarray
+
+
+class MAPFitter(Fitter):
+    """Maximum-likelihood or maximum-posterior fits by batched Levenberg-Marquardt.
+
+    Fluxes and backgrounds are solved for, not walked to; every galaxy has its own damping
+    and leaves the batch when it has converged; fits that fail or end at a bound are
+    started again elsewhere.
+
+    Parameters
+    ----------
+    priors : mapping of str to `galmorph.Normal` or `galmorph.LogNormal`, optional
+        Of parameters by name.  By default images (`galmorph.fit_images`) are fitted with a
+        broad prior on free Sérsic indices, `galmorph.priors.INDEX_PRIOR`, which keeps faint
+        galaxies from running away to n = 8 with twice their flux, and matters to no other;
+        an empty mapping is maximum likelihood.  Fits the astropy way have no prior but
+        what is given here.
+    max_iter : int, optional
+        Evaluations for each start.
+    max_shift : float, optional
+        How far the centre may go from the position given or found, in pixels; by default
+        the largest of 4, 1.5 widths (sigma) of the PSF and 6 % of the stamp.
+    device : str, optional
+        Where torch works: ``"cpu"``, ``"cuda"``.
+    dtype : {"float32", "float64"}, optional
+        Precision of the images while fitting; the linear algebra is double always.
+        Stamps of total S/N beyond some 10^4 profit from ``"float64"``.
+    batch_size : int, optional
+        How many galaxies are worked on at once.
+
+    Attributes
+    ----------
+    fit_info : `scipy.optimize.OptimizeResult` or None
+        Of the last fit the astropy way: ``fun`` (weighted residuals), ``param_cov``,
+        ``message``, ``status`` (1 converged, 2 stopped at a bound; 0 did not converge),
+        ``nfev``, ``cost``.
+
+    Notes
+    -----
+    The covariance is that of Laplace's approximation, the inverse of half the
+    Gauss-Newton second derivative of -2 ln(posterior).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from galmorph import MAPFitter, SersicGalaxy2D
+    >>> y, x = np.mgrid[:31, :31]
+    >>> truth = SersicGalaxy2D(100, 15.2, 14.9, r_eff=3, n=1.2, ellip=0.3, theta=0.4)
+    >>> start = SersicGalaxy2D(80, 15, 15, r_eff=2.5, n=1, ellip=0.1, theta=0.2)
+    >>> fit = MAPFitter(dtype="float64")(start, x, y, truth(x, y))
+    >>> print(f"{fit.flux.value:.2f} {fit.n.value:.3f}")
+    100.00 1.200
+    """
+
+    supported_constraints = ["fixed", "tied", "bounds"]  # noqa: RUF012  as in astropy
+
+    def __init__(
+        self,
+        *,
+        priors: Mapping[str, Prior] | None = None,
+        max_iter: int = 60,
+        max_shift: float | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int = 128,
+    ) -> None:
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
+        if max_iter < 1 or batch_size < 1:
+            raise ValueError("max_iter and batch_size must be at least 1")
+        for name, prior in (priors or {}).items():
+            if not hasattr(prior, "residual"):
+                raise TypeError(
+                    f"the prior of {name!r} must be a galmorph.Normal or LogNormal, "
+                    f"not {type(prior).__name__}"
+                )
+        self.priors = None if priors is None else dict(priors)
+        self.max_iter = int(max_iter)
+        self.max_shift = max_shift
+        self.device = device
+        self.dtype = dtype
+        self.batch_size = int(batch_size)
+        self.fit_info = None
+
+    def __repr__(self) -> str:
+        parts = [f"priors={self.priors!r}"] if self.priors else []
+        parts += [f"dtype={self.dtype!r}", f"device={self.device!r}"]
+        return f"MAPFitter({', '.join(parts)})"
+
+    # -- batches ---------------------------------------------------------------------
+
+    def fit_stamps(
+        self, batch: StampBatch, model: GalaxyModel, *, background: str = "none"
+    ) -> StampFits:
+        """Fit a batch of stamps; `galmorph.fit_images` calls this.
+
+        Parameters
+        ----------
+        batch : StampBatch
+            Pixels, weights, PSFs and positions.
+        model : GalaxyModel
+            What to fit; its constraints hold, its values are used for what is fixed.
+        background : {"none", "constant", "tilted"}, optional
+
+        Returns
+        -------
+        StampFits
+        """
+        setup = self._setup(model, background)
+        flags = np.array(batch.flags, dtype=np.int32)
+        usable = (batch.inv_sigma > 0).reshape(len(flags), -1).sum(1)
+        n_background = _BACKGROUNDS.index(background) * 2 - (background == "tilted")
+        unknowns = sum(setup.free) + n_background
+        flags[usable == 0] |= FitFlag.NO_DATA
+        flags[(usable > 0) & (usable <= unknowns)] |= FitFlag.FEW_PIXELS
+        psf = model.psf if batch.psf is None else batch.psf
+        rows = np.flatnonzero((flags & FitFlag.FAILED) == 0)
+        fits = _empty_fits(flags, len(setup.names), n_background)
+        fits.dof = np.maximum(usable - unknowns, 0).astype(float)
+        if rows.size:
+            result = self._solve(
+                setup,
+                batch.data[rows],
+                batch.inv_sigma[rows],
+                psf if not isinstance(psf, list) else [psf[i] for i in rows],
+                batch.position[rows],
+            )
+            self._store(fits, rows, result, setup)
+            _add_flags(fits, rows, result, batch)
+        return fits
+
+    def _setup(self, model: GalaxyModel, background: str, start: np.ndarray | None = None):
+        import torch
+
+        from galmorph._batchfit import BatchSetup
+        from galmorph.priors import INDEX_PRIOR
+        from galmorph.models.base import GalaxyModel
+
+        if not isinstance(model, GalaxyModel):
+            raise TypeError(
+                "images are fitted with a galmorph model "
+                f"(SersicGalaxy2D ...), not {type(model).__name__}"
+            )
+        if background not in _BACKGROUNDS:
+            raise ValueError(f"background must be one of {_BACKGROUNDS}, not {background!r}")
+        _astropy.validate_constraints(self.supported_constraints, model)
+        priors = self.priors
+        if priors is None:
+            indices = {p.get("n") for p in model._profiles if isinstance(p.get("n"), str)}
+            priors = {n: INDEX_PRIOR for n in indices if not (model.fixed[n] or model.tied[n])}
+        unknown = set(priors) - set(model.param_names)
+        if unknown:
+            raise ValueError(f"{type(model).__name__} has no parameter {sorted(unknown)[0]!r}")
+        return BatchSetup(
+            model=model,
+            priors=priors,
+            background=background,
+            device=self.device,
+            dtype=getattr(torch, self.dtype),
+            window=self.batch_size,
+            max_iter=self.max_iter,
+            max_shift=self.max_shift,
+            start=start,
+        )
+
+    def _solve(self, setup, data, inv_sigma, psf, position):
+        """One call for a shared PSF or PSFs of one kind; one for each kind otherwise."""
+        from galmorph._batchfit import fit_batch
+
+        if not isinstance(psf, list):
+            return fit_batch(setup, data, inv_sigma, psf, position)
+        kinds: dict[tuple, list[int]] = {}
+        for i, p in enumerate(psf):
+            key = (p.oversampling, p.includes_pixel, p.shape[0] % 2, p.shape[1] % 2)
+            kinds.setdefault(key, []).append(i)
+        parts = {}
+        for rows in kinds.values():
+            result = fit_batch(
+                setup, data[rows], inv_sigma[rows], [psf[i] for i in rows], position[rows]
+            )
+            parts[tuple(rows)] = result
+        if len(parts) == 1:
+            return result
+        merged = {}
+        for name in vars(result):
+            first = getattr(result, name)
+            merged[name] = np.empty((len(data), *first.shape[1:]), first.dtype)
+            for rows, part in parts.items():
+                merged[name][list(rows)] = getattr(part, name)
+        return type(result)(**merged)
+
+    def _store(self, fits: StampFits, rows: np.ndarray, result: Any, setup: Any) -> None:
+        fits.params[rows] = result.params
+        held = ~np.array([f or n in setup.tied for f, n in zip(setup.free, setup.names, strict=True)])
+        cov = result.cov
+        cov[:, held] = 0.0
+        cov[:, :, held] = 0.0
+        fits.cov[rows] = cov
+        fits.background[rows] = result.background
+        fits.background_cov[rows] = result.background_cov
+        fits.chi2[rows] = result.chi2
+        fits.n_iter[rows] = result.n_iter
+
+    # -- the astropy way ---------------------------------------------------------------
+
+    @_astropy.fitter_unit_support
+    def __call__(
+        self,
+        model: Any,
+        x: Any,
+        y: Any,
+        z: Any = None,
+        weights: Any = None,
+        maxiter: int = 100,
+        *,
+        inplace: bool = False,
+    ) -> Any:
+        """Fit a model to data, starting from its parameters.
+
+        Parameters
+        ----------
+        model : `~astropy.modeling.FittableModel`
+            A galmorph model, a model set of them, or any model of two inputs
+            (a compound of several, or with a background ...).
+        x, y : array-like
+            Coordinates of the data.
+        z : array-like
+            The data, in the shape of ``x``; for a model set (N, *x.shape).
+        weights : array-like, optional
+            One over the uncertainty of each datum.  Without them all count the same and
+            the covariance is scaled by the mean squared residual.
+        maxiter : int, optional
+            Evaluations at most.
+        inplace : bool, optional
+            Change ``model`` instead of a copy.
+
+        Returns
+        -------
+        model
+            With the fitted parameters, ``cov_matrix`` and ``stds``.
+        """
+        from galmorph._modelfit import fit_model
+
+        if z is None:
+            raise ValueError("MAPFitter fits images: give x, y and z")
+        _astropy.validate_constraints(self.supported_constraints, model)
+        fitted = model if inplace else model.copy()
+        self.fit_info = fit_model(
+            self, fitted, np.asarray(x, float), np.asarray(y, float), z, weights, maxiter
+        )
+        return fitted
+
+
+def _empty_fits(flags: np.ndarray, n_params: int, n_background: int) -> StampFits:
+    batch = len(flags)
+    return StampFits(
+        params=np.full((batch, n_params), np.nan),
+        cov=np.full((batch, n_params, n_params), np.nan),
+        background=np.full((batch, n_background), np.nan),
+        background_cov=np.full((batch, n_background, n_background), np.nan),
+        chi2=np.full(batch, np.nan),
+        dof=np.zeros(batch),
+        n_iter=np.zeros(batch, dtype=int),
+        flags=flags,
+    )
+
+
+def _add_flags(fits: StampFits, rows: np.ndarray, result: Any, batch: StampBatch) -> None:
+    """The remarks that follow from the fit."""
+
+    def mark(condition: np.ndarray, flag: FitFlag) -> None:
+        fits.flags[rows[condition]] |= flag
+
+    x, y = result.params[:, 1], result.params[:, 2]
+    ny, nx = batch.data.shape[1:]
+    mark(~result.converged, FitFlag.NOT_CONVERGED)
+    mark(result.at_bound.any(1), FitFlag.AT_BOUND)
+    mark(result.bad_covariance, FitFlag.BAD_COVARIANCE)
+    margin = np.minimum.reduce([x, y, nx - 1 - x, ny - 1 - y])
+    mark(margin < 2, FitFlag.EDGE)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        snr = result.params[:, 0] / np.sqrt(result.cov[:, 0, 0])
+        dof = fits.dof[rows]
+        reduced = result.chi2 / dof
+        excess = (result.chi2 - dof) / np.sqrt(2 * dof)
+    free_flux = result.cov[:, 0, 0] > 0
+    mark(np.where(free_flux, ~(snr >= 5), ~(result.params[:, 0] > 0)), FitFlag.LOW_SNR)
+    mark((reduced > 2) | (excess > 10), FitFlag.POOR_FIT)
+    yy, xx = np.mgrid[:ny, :nx]
+    near = np.hypot(xx - x[:, None, None], yy - y[:, None, None]) <= 1.5
+    blind = (batch.inv_sigma[rows] <= 0) & near
+    mark(blind.any((1, 2)), FitFlag.BAD_CENTER)
