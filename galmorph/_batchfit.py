@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ from galmorph.rendering.transfer import make_transfer
 if TYPE_CHECKING:
     from galmorph.models.base import GalaxyModel
 
-__all__ = ["BatchSetup", "fit_batch"]
+__all__ = ["BatchSetup", "background_templates", "fit_batch", "one_thread"]
 
 _WIDE = torch.float64
 # points that stand for a posterior
@@ -308,6 +309,18 @@ def background_templates(kind: str, shape: tuple[int, int]) -> np.ndarray:
     return np.array(parts[:count]).reshape(count, *shape)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: on images of this size more of them only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 @torch.no_grad()
 def fit_batch(
     setup: BatchSetup,
@@ -369,13 +382,13 @@ def fit_batch(
     lower, upper = _coordinate_bounds(setup, start, guess, shape, shift)
     problem = _GalaxyProblem(
         setup, values.flatten(1), weight.flatten(1), templates, template, scale, shape,
-        _renderer(psfs, shape, start, shift, setup, reach=0.3),
+        _renderer(psfs, shape, start, shift, setup, reach=0.3 if guess else 0.9),
     )
     solve = _Solver(setup, problem, lower, upper)
     result = solve(start)
     if setup.start is None:
         _try_other_starts(setup, solve, result, start)
-    if psfs:
+    if psfs and guess:
         _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift)
     return _summarise(setup, problem, result, scale, lower, upper)
 

@@ -10,7 +10,7 @@ from astropy.modeling.core import CompoundModel, Model
 from scipy.optimize import OptimizeResult
 
 from galmorph import _astropy
-from galmorph._batchfit import BatchSetup, fit_batch
+from galmorph._batchfit import BatchSetup, fit_batch, one_thread
 from galmorph.inference.least_squares import Linearisation, levenberg_marquardt
 from galmorph.models.base import GalaxyModel
 
@@ -265,6 +265,7 @@ def _derivatives(model: Model, x, y, params) -> list[np.ndarray]:
     return result
 
 
+@one_thread()
 @torch.no_grad()
 def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeResult:
     start, _, bounds = _astropy.model_to_fit_params(model)
@@ -282,6 +283,10 @@ def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeR
     )
     free = found.u[0].numpy().copy()
     params = problem.full(free)
+    for i in problem.indices:  # angles of axes in [-pi/2, pi/2), unless something hangs on them
+        name = model.param_names[i]
+        if name.startswith("theta") and not model.has_tied and model.bounds[name] == (None, None):
+            params[i] = np.remainder(params[i] + np.pi / 2, np.pi) - np.pi / 2
     model.parameters = params
     cov = np.linalg.pinv(found.hessian[0].numpy())
     if not weighted:

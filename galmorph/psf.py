@@ -65,6 +65,7 @@ class PSF:
         self._data = array
         self._oversampling = int(oversampling)
         self._includes_pixel = bool(includes_pixel)
+        self._hash = hash((array.tobytes(), self._oversampling, self._includes_pixel))
 
     @property
     def data(self) -> np.ndarray:
@@ -100,7 +101,7 @@ class PSF:
         )
 
     def __hash__(self) -> int:
-        return hash((self._data.tobytes(), self._oversampling, self._includes_pixel))
+        return self._hash
 
     def radius(self, fraction: float = 0.999) -> float:
         """Radius in detector pixels that holds ``fraction`` of the light.

@@ -66,13 +66,11 @@ class SersicTable:
     def chebyshev(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Chebyshev polynomials at ``n`` (B,) and their derivatives in n: (B, n_cheb) each."""
         x, scale = _cheb_variable(n.clamp(*N_RANGE))
-        x = x.clamp(-1.0, 1.0)
-        order = self.coef.shape[0]
-        t, d = [torch.ones_like(x), x], [torch.zeros_like(x), torch.ones_like(x)]
-        for _ in range(order - 2):
-            d.append(2 * t[-1] + 2 * x * d[-1] - d[-2])
-            t.append(2 * x * t[-1] - t[-2])
-        return torch.stack(t, -1), torch.stack(d, -1) * (scale / n)[:, None]
+        angle = torch.acos(x.clamp(-1.0 + 1e-6, 1.0 - 1e-6))[:, None]
+        order = torch.arange(self.coef.shape[0], dtype=x.dtype, device=x.device)
+        value = torch.cos(order * angle)
+        slope = order * torch.sin(order * angle) / torch.sin(angle)
+        return value, slope * (scale / n)[:, None]
 
     def scalars_at(self, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(b_n, ln I_0) and their derivatives in n, each of shape (B, 2)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -150,11 +151,30 @@ def make_transfer(
     >>> make_transfer(PSF(np.ones((3, 3))), (20, 24)).box
     (24, 24)
     """
-    psfs = [psf] if isinstance(psf, PSF) else list(psf)
-    stack, oversampling, includes_pixel = _stack(psfs)
+    psfs = (psf,) if isinstance(psf, PSF) else tuple(psf)
     radius = max(cached_radius(p) for p in psfs)
     drifts = drift if isinstance(drift, tuple) else (drift, drift)
     box = tuple(box_size(n, radius, d, reach) for n, d in zip(shape, drifts, strict=True))
+    if len(psfs) == 1:
+        return _shared_transfer(psfs[0], box, dtype, torch.device(device))
+    return _transfer(psfs, box, dtype, device)
+
+
+@lru_cache(maxsize=32)
+def _shared_transfer(
+    psf: PSF, box: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> Transfer:
+    """The transfer of one PSF, remembered: one image after another is drawn with it."""
+    return _transfer((psf,), box, dtype, device)
+
+
+def _transfer(
+    psfs: tuple[PSF, ...],
+    box: tuple[int, int],
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Transfer:
+    stack, oversampling, includes_pixel = _stack(psfs)
     # an array sampled s times a pixel holds waves up to s times the Nyquist frequency
     aliases = np.arange(-(oversampling // 2), oversampling // 2 + 1)
     axes = []
