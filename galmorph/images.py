@@ -48,7 +48,7 @@ def fit_images(
     positions: Any = None,
     size: int | tuple[int, int] | None = None,
     segmentation: Any = None,
-    background: str = "constant",
+    background: str = "none",
     progress: bool | Callable[[int, int], None] = False,
     batch_size: int | None = None,
     checkpoint: Any = None,
@@ -105,7 +105,9 @@ def fit_images(
         Pixels of other segments than the galaxy's own are masked.  Without
         ``positions``, every segment is fitted.
     background : {'none', 'constant', 'tilted'}, optional
-        Background under each galaxy, fitted and marginalised.
+        Background under each galaxy, fitted and marginalised.  By default the sky is
+        taken to be subtracted already; one that must be fitted costs a third of the
+        precision of flux and radius on stamps of ten radii.
     progress : bool or callable, optional
         True: a progress bar on the standard error; a callable gets
         ``(n_done, n_total)`` after each batch.
