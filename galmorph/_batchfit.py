@@ -127,6 +127,7 @@ class _GalaxyProblem:
         self.data, self.weight, self.templates = data, weight, templates
         self.template_params, self.scale = template_params, scale
         self.linear_amplitude = setup.coordinates.linear_flux
+        self.psf_row = torch.arange(len(data), device=data.device)
 
     def params(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return self.setup.coordinates.to_params(u, self.template_params[rows])
@@ -140,7 +141,7 @@ class _GalaxyProblem:
         else:
             dtype = self.data.dtype
             drawn = components(setup.ellipses, setup.names, params.to(dtype))
-            raw = self.renderer.rows(rows)(
+            raw = self.renderer.rows(self.psf_row[rows])(
                 drawn, params[:, 1].to(dtype), params[:, 2].to(dtype), derivatives=True
             )
             columns = raw.columns.flatten(2)
@@ -194,10 +195,11 @@ class _GalaxyProblem:
 
 
 def _coordinate_bounds(
-    setup: BatchSetup, start: torch.Tensor, guess: Guess | None, shape: tuple[int, int], shift: float
+    setup: BatchSetup, start: torch.Tensor, guess: Guess | None, shape: tuple[int, int],
+    shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds of the coordinates that are parameters or their logarithms: (B, U) each."""
-    lower = torch.full((start.shape[0], setup.coordinates.size), -torch.inf, dtype=_WIDE)
+    lower = start.new_full((start.shape[0], setup.coordinates.size), -torch.inf)
     upper = -lower
     for block in setup.coordinates.blocks:
         if block.kind == "ellipse":
@@ -211,10 +213,10 @@ def _coordinate_bounds(
         c = block.coordinates[0]
         lower[:, c], upper[:, c] = low, high
         if guess is not None and name in ("x_0", "y_0"):
-            centre = (guess.x_0 if name == "x_0" else guess.y_0).to(_WIDE).cpu()
+            centre = (guess.x_0 if name == "x_0" else guess.y_0).to(_WIDE)
             lower[:, c] = torch.maximum(lower[:, c], centre - shift)
             upper[:, c] = torch.minimum(upper[:, c], centre + shift)
-    return lower.to(start.device), upper.to(start.device)
+    return lower, upper
 
 
 def _start_params(setup: BatchSetup, template: torch.Tensor, guess: Guess) -> torch.Tensor:
@@ -354,7 +356,8 @@ def fit_batch(
     weight = torch.as_tensor(inv_sigma / best[:, None, None], dtype=dtype, device=device)
     psfs = [psf] if isinstance(psf, PSF) else list(psf or [])
     psf_sigma = float(np.median([p.sigma for p in psfs])) if psfs else 0.5
-    shift = setup.max_shift or max(4.0, 1.5 * psf_sigma, 0.06 * min(shape))
+    least = setup.max_shift or max(4.0, 1.5 * psf_sigma, 0.06 * min(shape))
+    shift = torch.full((len(data),), least, dtype=_WIDE, device=device)
 
     template = torch.as_tensor(
         np.array([[float(np.ravel(getattr(setup.model, n).value)[0]) for n in setup.names]]),
@@ -371,10 +374,12 @@ def fit_batch(
             weight > 0,
             _window_templates(psfs[0] if psfs else None, psf_sigma, shape, values),
             position=torch.as_tensor(position, dtype=dtype, device=device),
-            limit=shift,
+            limit=least,
             background=setup.background != "none",
         )
         start = _start_params(setup, template, guess)
+        if setup.max_shift is None:  # the middle of a large galaxy is not so well known
+            shift = torch.maximum(shift, (0.35 * guess.r.to(_WIDE)).clamp_max(0.2 * min(shape)))
 
     templates = torch.as_tensor(
         background_templates(setup.background, shape), dtype=dtype, device=device
@@ -397,7 +402,7 @@ def _renderer(psfs, shape, start, shift, setup, *, reach: float) -> FourierRende
     if not psfs:
         return None
     middle = start.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
-    drift = ((start[:, 1:3] - middle).abs().amax(0) + shift).tolist()
+    drift = ((start[:, 1:3] - middle).abs() + shift[:, None]).amax(0).tolist()
     transfer = make_transfer(
         psfs[0] if len(psfs) == 1 else psfs,
         shape,
@@ -442,12 +447,20 @@ def _take_better(result: LeastSquaresResult, other: LeastSquaresResult, rows, ma
 
 
 def _try_other_starts(setup, solve, result, start) -> None:
-    """Start again, compact and extended, where the first start went astray."""
-    doubtful = ~result.converged | result.at_bound.any(1) | ~torch.isfinite(result.cost)
-    rows = torch.nonzero(doubtful)[:, 0]
-    if not rows.numel():
-        return
-    for factor, index in ((0.6, 1.0), (1.6, 3.0)):
+    """Start again, compact or extended, where the first start went astray.
+
+    A fit that has converged with a high index is started once more with a low one, and the
+    other way round; one that has not, with both.
+    """
+    lost = ~result.converged | ~torch.isfinite(result.cost)
+    doubtful = lost | result.at_bound.any(1)
+    params = solve.problem.params(result.u, torch.arange(len(start), device=start.device))
+    indices = [setup.names.index(e.n) for e in setup.ellipses if isinstance(e.n, str)]
+    high = params[:, indices[0]] > 2.0 if indices else params[:, 0] > -torch.inf
+    for factor, index, which in ((0.6, 1.0, high), (1.6, 3.0, ~high)):
+        rows = torch.nonzero(doubtful & (lost | which))[:, 0]
+        if not rows.numel():
+            continue
         again = start.clone()
         for e in setup.ellipses:
             if e.r is None:
@@ -490,10 +503,10 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
     rows = torch.nonzero(wide & torch.isfinite(result.cost))[:, 0]
     if not rows.numel():
         return
-    narrow = problem.renderer
-    problem.renderer = _renderer(psfs, shape, start, shift, setup, reach=0.9)
+    own = psfs if len(psfs) == 1 else [psfs[i] for i in rows.tolist()]
+    problem.renderer = _renderer(own, shape, start, shift, setup, reach=0.9)
+    problem.psf_row[rows] = torch.arange(len(rows), device=rows.device)
     _take_better(result, solve(params, rows), rows, -torch.inf)
-    problem.renderer = narrow
 
 
 def _summarise(setup, problem, result, scale, lower, upper) -> BatchResult:
@@ -520,10 +533,23 @@ def _summarise(setup, problem, result, scale, lower, upper) -> BatchResult:
         "cost": result.cost,
         "n_iter": result.n_iter,
         "converged": result.converged,
-        "at_bound": result.at_bound,
+        "at_bound": result.at_bound.any(1) | _at_limit(setup, params),
         "bad_covariance": bad,
     }
     return BatchResult(**{k: v.cpu().numpy() for k, v in out.items()})
+
+
+def _at_limit(setup, params: torch.Tensor) -> torch.Tensor:
+    """Whether an ellipse is as thin, as small or as large as it may be."""
+    result = torch.zeros(len(params), dtype=torch.bool, device=params.device)
+    for e in setup.ellipses:
+        if e.r is not None and setup.free[setup.names.index(e.ellip)]:
+            largest = setup.bounds[e.ellip][1]
+            limit = 0.99 if largest is None else min(largest, 0.99)
+            result |= params[:, setup.names.index(e.ellip)] >= limit - 1e-6
+        if e.r is not None and setup.free[setup.names.index(e.r)]:
+            result |= params[:, setup.names.index(e.r)] <= 0.05
+    return result
 
 
 def _wrap(angle: torch.Tensor) -> torch.Tensor:

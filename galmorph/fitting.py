@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MAPFitter", "StampFits"]
 
-_BACKGROUNDS = ("none", "constant", "tilted")
+# terms of each background
+_BACKGROUNDS = {"none": 0, "constant": 1, "tilted": 3}
 
 
 @dataclass
@@ -70,7 +71,8 @@ class MAPFitter(Fitter):
         Evaluations for each start.
     max_shift : float, optional
         How far the centre may go from the position given or found, in pixels; by default
-        the largest of 4, 1.5 widths (sigma) of the PSF and 6 % of the stamp.
+        the largest of 4, 1.5 widths (sigma) of the PSF, 6 % of the stamp and a third of
+        the radius of the galaxy.
     device : str, optional
         Where torch works: ``"cpu"``, ``"cuda"``.
     dtype : {"float32", "float64"}, optional
@@ -109,7 +111,7 @@ class MAPFitter(Fitter):
         self,
         *,
         priors: Mapping[str, Prior] | None = None,
-        max_iter: int = 60,
+        max_iter: int = 40,
         max_shift: float | None = None,
         device: str = "cpu",
         dtype: str = "float32",
@@ -160,7 +162,7 @@ class MAPFitter(Fitter):
         setup = self._setup(model, background)
         flags = np.array(batch.flags, dtype=np.int32)
         usable = (batch.inv_sigma > 0).reshape(len(flags), -1).sum(1)
-        n_background = _BACKGROUNDS.index(background) * 2 - (background == "tilted")
+        n_background = _BACKGROUNDS[background]
         unknowns = sum(setup.free) + n_background
         flags[usable == 0] |= FitFlag.NO_DATA
         flags[(usable > 0) & (usable <= unknowns)] |= FitFlag.FEW_PIXELS
@@ -193,7 +195,7 @@ class MAPFitter(Fitter):
                 f"(SersicGalaxy2D ...), not {type(model).__name__}"
             )
         if background not in _BACKGROUNDS:
-            raise ValueError(f"background must be one of {_BACKGROUNDS}, not {background!r}")
+            raise ValueError(f"background must be one of {list(_BACKGROUNDS)}, not {background!r}")
         _astropy.validate_constraints(self.supported_constraints, model)
         priors = self.priors
         if priors is None:
@@ -325,7 +327,7 @@ def _add_flags(fits: StampFits, rows: np.ndarray, result: Any, batch: StampBatch
     x, y = result.params[:, 1], result.params[:, 2]
     ny, nx = batch.data.shape[1:]
     mark(~result.converged, FitFlag.NOT_CONVERGED)
-    mark(result.at_bound.any(1), FitFlag.AT_BOUND)
+    mark(result.at_bound, FitFlag.AT_BOUND)
     mark(result.bad_covariance, FitFlag.BAD_COVARIANCE)
     margin = np.minimum.reduce([x, y, nx - 1 - x, ny - 1 - y])
     mark(margin < 2, FitFlag.EDGE)

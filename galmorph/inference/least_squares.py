@@ -235,9 +235,9 @@ def levenberg_marquardt(
         now = todo[:window]
         if monitor is not None:
             monitor(todo.numel())
-        step, trial, free = state.propose(now, lower, upper, problem)
+        trial = state.propose(now, lower, upper, problem)
         new = evaluate(trial, now)
-        done = state.update(now, trial, step, new, relative_tolerance)
+        done = state.update(now, trial, new, tolerance, relative_tolerance)
         finished = done | state.check(
             now, lower, upper, max_iter, tolerance, relative_tolerance, problem
         )
@@ -258,6 +258,7 @@ class _State:
     damping: torch.Tensor
     growth: torch.Tensor
     n_iter: torch.Tensor
+    idle: torch.Tensor
     converged: torch.Tensor
 
     @classmethod
@@ -275,6 +276,7 @@ class _State:
             damping=new(batch) + 1e-2,
             growth=new(batch) + 3.0,
             n_iter=torch.zeros(batch, dtype=torch.long, device=u.device),
+            idle=torch.zeros(batch, dtype=torch.long, device=u.device),
             converged=torch.zeros(batch, dtype=torch.bool, device=u.device),
         )
 
@@ -310,26 +312,35 @@ class _State:
         step = _normalised_solve(*self._system(now, free, self.damping[now]))[:, :size]
         step = torch.where(fresh[:, None], torch.zeros_like(step), step)
         trial = (self.u[now] + step).clamp(lower[now], upper[now])
-        return step, problem.project(trial, now), free
+        return problem.project(trial, now)
 
-    def update(self, now, trial, step, new, relative_tolerance):
+    def update(self, now, trial, new, tolerance, relative_tolerance):
         """Accept what lowers the cost; return which problems can't be improved any more."""
+        size = self.u.shape[1]
         old = self.cost[now]
-        better = new["cost"] <= old * (1 + 0.1 * relative_tolerance)
-        predicted = (2 * self.gradient[now, : step.shape[1]] * step).sum(1)
-        ratio = (old - new["cost"]) / predicted.clamp_min(1e-30)
+        step = trial - self.u[now]
+        curved = (step[:, None] @ self.hessian[now][:, :size, :size])[:, 0]
+        predicted = ((2 * self.gradient[now, :size] - curved) * step).sum(1)
+        better = new["cost"] <= old
+        gain = old - new["cost"]
+        enough = tolerance + relative_tolerance * old
+        # neither does it promise to get better nor does it: a flat valley, or rounding
+        slow = (gain.abs() < 0.1 * enough) | (~better & (predicted < enough))
+        self.idle[now] = torch.where(slow & torch.isfinite(old), self.idle[now] + 1, 0)
         accepted = now[better]
         self.u[accepted] = trial[better]
         for name in ("cost", "chi2", "gradient", "hessian", "linear"):
             getattr(self, name)[accepted] = new[name][better].to(self.u.dtype)
         damping = self.damping[now]
+        ratio = gain / predicted.clamp_min(1e-30)
         easier = torch.where(ratio > 0.5, damping * 0.1, damping * 0.5)
         easier = torch.where(torch.isinf(old), damping, easier)
         self.damping[now] = torch.where(better, easier.clamp_min(1e-9), damping * self.growth[now])
         self.growth[now] = torch.where(better, 3.0, self.growth[now] * 2.0)
         self.n_iter[now] += 1
-        stuck = self.damping[now] > 1e10
-        return stuck | torch.isinf(self.cost[now])
+        settled = self.idle[now] >= 3
+        self.converged[now[settled]] = True
+        return settled | (self.damping[now] > 1e12) | torch.isinf(self.cost[now])
 
     def check(self, now, lower, upper, max_iter, tolerance, relative_tolerance, problem):
         """Which problems have converged (their last step is taken here) or run out."""

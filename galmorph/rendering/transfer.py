@@ -190,7 +190,10 @@ def _transfer(
             wave *= np.sinc(k.reshape(-1, 1) / (2 * np.pi))
         axes.append((k, wave))
     (ky, wave_y), (kx, wave_x) = axes
-    amplitude = (wave_y @ stack @ wave_x.T).reshape(len(psfs), -1)
+    # in torch, which heeds the number of threads that the caller has set
+    wave_y, wave_x = torch.as_tensor(wave_y), torch.as_tensor(wave_x)
+    rows = wave_y @ torch.as_tensor(stack).to(wave_y.dtype)
+    amplitude = (rows @ wave_x.T).reshape(len(psfs), -1).numpy()
     grid_y = np.broadcast_to(ky.reshape(-1, 1), (ky.size, kx.size)).ravel()
     grid_x = np.broadcast_to(kx.reshape(1, -1), (ky.size, kx.size)).ravel()
     keep, target = _landing(amplitude, len(aliases), box)
