@@ -360,19 +360,22 @@ def _progress(quiet: bool, what: str) -> Iterator[Callable[[int, int], None] | b
     if quiet:
         yield False
         return
+    import time
+
     from tqdm import tqdm
 
-    live = sys.stderr.isatty()  # a log file gets a line now and then
-    bar = None
+    live = sys.stderr.isatty()
+    bar, said = None, time.monotonic()
 
     def report(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:  # only now, so that no empty bar stands before an error
-            bar = tqdm(
-                desc=what, total=total, unit=" galaxies", file=sys.stderr, leave=live,
-                mininterval=0.1 if live else 10.0,
-            )  # fmt: skip
-        bar.update(done - bar.n)
+        nonlocal bar, said
+        if live:
+            if bar is None:  # only now, so that no empty bar stands before an error
+                bar = tqdm(desc=what, total=total, unit=" galaxies", file=sys.stderr)
+            bar.update(done - bar.n)
+        elif time.monotonic() - said > 10:  # a log file gets a line now and then
+            said = time.monotonic()
+            _say(f"{what}: {done} of {total} galaxies")
 
     try:
         yield report
@@ -627,8 +630,9 @@ def _summary(result: Any, output: Path) -> str:
     ]
     lines = [f"{output}: {n} galaxies, {n - failed} fitted, {failed} not."]
     if counts:
-        lines.append(f"flags: {', '.join(counts)}")
-    return "\n".join(textwrap.fill(line, 88, subsequent_indent="  ") for line in lines)
+        text = f"flags: {', '.join(counts)}"
+        lines.append(textwrap.fill(text, 88, subsequent_indent="  "))
+    return "\n".join(lines)
 
 
 _PER_SHEET, _SHEETS, _SINGLE = 48, 4, 8
