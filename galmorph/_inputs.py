@@ -333,8 +333,11 @@ def _frame_from_path(path: str) -> Frame:
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "File may have been truncated")  # an error below
-            with fits.open(path, memmap=True) as hdus:
+            # Both are followed by an error, below.
+            warnings.filterwarnings("ignore", "File may have been truncated")
+            warnings.filterwarnings("ignore", "Error validating header")
+            # Our own file: astropy leaves one open that it finds damaged.
+            with open(path, "rb") as file, fits.open(file, memmap=True) as hdus:
                 frame = _frame_from_hdus(hdus, Path(path).name, path=path, extension=extension)
                 _touch_end(frame)
     except NoImageError as err:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import io
 import json
@@ -49,7 +50,7 @@ def write_result(result, path, *, overwrite: bool) -> None:
     table = result.to_table()
     for name, column in _EXACT.items():
         values = getattr(result, name)
-        if 0 not in values.shape[1:]:  # "no background" has no column
+        if values.size:  # neither "no background" nor an empty result has a column
             table[column] = values
     state, psf = _state(result, _MAX_PSF[kind])
     # Written beside the goal and moved there: nobody ever finds half a file.
@@ -184,12 +185,18 @@ def read_result(cls, path, *, model: Model | None):
     except (OSError, ValueError, TypeError, IndexError, EOFError, zlib.error) as err:
         raise OSError(f"{path} cannot be read ({err})") from err
 
-    n, nb = len(table), state["background_terms"]
+    n, nb, n_params = len(table), state["background_terms"], len(state["parameters"])
     arrays = {name: _native(table[column]) for name, column in _PLAIN.items()}
+    empty = {
+        "params": np.empty((n, n_params)),
+        "cov": np.empty((n, n_params, n_params)),
+        "background": np.empty((n, nb)),
+        "background_cov": np.empty((n, nb, nb)),
+        "origin": np.empty((n, 2), dtype=np.int64),
+        "shapes": np.empty((n, 2), dtype=np.int64),
+    }
     for name, column in _EXACT.items():
-        arrays[name] = _native(table[column]) if column in table.colnames else None
-    if nb == 0:
-        arrays["background"], arrays["background_cov"] = np.empty((n, 0)), np.empty((n, 0, 0))
+        arrays[name] = _native(table[column]) if empty[name].size else empty[name]
     arrays["flags"] = arrays["flags"].astype(np.int32)
     of_model = bool(state.get("psf", {}).get("of_model"))
     if model is None:
@@ -217,11 +224,17 @@ def _read_ecsv(path: Path) -> tuple[QTable, dict, PSF | None]:
 
 
 def _read_fits(path: Path) -> tuple[QTable, dict, PSF | None]:
-    with fits.open(path, memmap=False) as hdus:
-        state = json.loads(hdus["STATE"].data.tobytes())
-        table = QTable.read(hdus["CATALOG"])
-        psf = state.get("psf")
-        return table, state, _make_psf(hdus["PSF"].data, psf) if psf else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fits.verify.VerifyWarning)  # damage shows below
+        # From memory: astropy leaves a file open that it finds damaged.
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+        with fits.open(io.BytesIO(content)) as hdus:
+            state = json.loads(hdus["STATE"].data.tobytes())
+            table = QTable.read(hdus["CATALOG"])
+            psf = state.get("psf")
+            return table, state, _make_psf(hdus["PSF"].data, psf) if psf else None
 
 
 def _make_psf(data: Any, options: dict) -> PSF:

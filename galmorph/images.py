@@ -142,7 +142,7 @@ def fit_images(
     >>> truth = SersicGalaxy2D(flux=500, x_0=20, y_0=21, r_eff=4, n=1, ellip=0.4, theta=0.6)
     >>> stamps = truth.render((41, 41)) + rng.normal(0, 0.5, (3, 41, 41))
     >>> result = fit_images(stamps, SersicGalaxy2D(), uncertainty=0.5)
-    >>> len(result), result.params.shape
+    >>> result.params.shape
     (3, 7)
     >>> bool(np.all(np.abs(result.params[:, 0] - 500) < 5 * result.stds[:, 0]))
     True

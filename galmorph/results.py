@@ -94,12 +94,8 @@ class FitResult:
     >>> result = fit_images(stamps, GaussianGalaxy2D(), uncertainty=0.1)
     >>> result
     <FitResult: 4 galaxies, GaussianGalaxy2D, 0 flagged>
-    >>> result.to_table()["flux"].round(-1)
-    <Column name='flux' dtype='float64' length=4>
-    300.0
-    300.0
-    300.0
-    300.0
+    >>> result.to_table()["flux"].round(-1).tolist()
+    [300.0, 300.0, 300.0, 300.0]
     >>> result.residual_images.shape
     (4, 31, 31)
     """
@@ -390,7 +386,9 @@ class FitResult:
             table[f"{name}_err"] = _with_unit(errors[:, k], unit)
         if "flux" in self.param_names:
             flux, error = (a[:, self.param_names.index("flux")] for a in (self.params, stds))
-            table["snr"] = np.divide(flux, error, out=np.full(len(self), np.nan), where=error > 0)
+            with np.errstate(over="ignore"):
+                nothing = np.full(len(self), np.nan)
+                table["snr"] = np.divide(flux, error, out=nothing, where=error > 0)
         for name in ("chi2", "dof", "reduced_chi2", "flags", "n_iter"):
             table[name] = getattr(self, name)
         self._add_sky(table)

@@ -28,6 +28,7 @@ from galmorph.images import stamp_source
 
 
 def fit(images, fitter=None, **options):
+    options.setdefault("background", "constant")
     return fit_images(images, GaussianGalaxy2D(), fitter or StubFitter(), **options)
 
 
@@ -714,7 +715,7 @@ def test_record_that_was_cut_short_is_dropped(tmp_path, cube, keep):
 )
 def test_checkpoint_of_another_job_is_refused(tmp_path, cube, change):
     first = dict(images=cube, model=GaussianGalaxy2D(), uncertainty=1.0)
-    first |= dict(fitter=StubFitter(), checkpoint=tmp_path / "job")
+    first |= dict(fitter=StubFitter(), checkpoint=tmp_path / "job", background="constant")
     fit_images(**first)
     other = cube.copy()
     other[4, 0, 0] += 1e-6
