@@ -58,7 +58,7 @@ class PSF:
         total = array.sum()
         if not total > 0 or total < 1e-6 * np.abs(array).sum():
             raise ValueError(f"the PSF must have a positive sum, not {total:g}")
-        if int(oversampling) != oversampling or oversampling < 1:
+        if not oversampling >= 1 or int(oversampling) != oversampling:
             raise ValueError(f"oversampling must be a positive integer, not {oversampling!r}")
         array /= total
         array.flags.writeable = False

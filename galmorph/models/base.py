@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -183,6 +184,12 @@ class GalaxyModel(Fittable2DModel):
         -------
         array, shape (ny, nx), or (N, ny, nx) for a model set or given ``params``
 
+        Raises
+        ------
+        ValueError
+            If the shape is not that of an image, ``params`` has another number of columns
+            than the model has parameters, or there are more or fewer PSFs than galaxies.
+
         Examples
         --------
         >>> from galmorph import SersicGalaxy2D
@@ -197,14 +204,22 @@ class GalaxyModel(Fittable2DModel):
         if params is None:
             _, _, bare, _ = self._bare(0.0, 0.0, [_value(self, n) for n in self.param_names])
             params = np.stack([np.ravel(b) for b in bare], -1)
+        params = np.atleast_2d(np.asarray(params, dtype=float))
+        if params.ndim != 2 or params.shape[1] != len(self.param_names):
+            raise ValueError(
+                f"params must be of shape (N, {len(self.param_names)}), not {params.shape}"
+            )
+        shape = _check_shape(shape)
         psf = self._psf if psf is None else psf
         if psf is not None and not isinstance(psf, PSF):
             psf = PSF.from_any(psf) if _is_one_psf(psf) else [PSF.from_any(p) for p in psf]
+        if isinstance(psf, list) and len(psf) != len(params):
+            raise ValueError(f"there is one PSF or one a galaxy, not {len(psf)} for {len(params)}")
         images = evaluate_grid(
             self.ellipses(),
             self.param_names,
-            np.atleast_2d(np.asarray(params, dtype=float)),
-            tuple(shape),
+            params,
+            shape,
             psf=psf,
             device=device,
             dtype=dtype,
@@ -215,6 +230,16 @@ class GalaxyModel(Fittable2DModel):
 def _value(model: GalaxyModel, name: str) -> Any:
     parameter = getattr(model, name)
     return parameter.quantity if parameter.unit is not None else parameter.value
+
+
+def _check_shape(shape: Any) -> tuple[int, int]:
+    try:
+        ny, nx = (operator.index(side) for side in shape)
+    except (TypeError, ValueError):
+        ny = nx = 0
+    if ny < 1 or nx < 1:
+        raise ValueError(f"shape must be (ny, nx), two positive integers, not {shape!r}")
+    return ny, nx
 
 
 def _is_one_psf(psf: Any) -> bool:
