@@ -37,6 +37,8 @@ NOISE_SCALE = 4
 SIGNIFICANT = 9.0
 #: Galaxies on a page of the contact sheet.
 _PER_PAGE = 30
+#: Galaxies with figures of their own.
+_N_SINGLE = 3
 
 
 @dataclass(frozen=True)
@@ -347,7 +349,7 @@ def _write_catalogs(demo: Demo) -> None:
     fits.HDUList(hdus).writeto(demo.output / "field.fits", overwrite=True)
     demo.files["field.fits"] = (
         "the grey image, its uncertainty, the segments and the PSF; try "
-        "galmorph fit field.fits --detect -o all.fits"
+        "galmorph fit field.fits --detect --threshold 5 -o all.fits"
     )
 
 
@@ -538,7 +540,7 @@ def _draw(demo: Demo, colour: np.ndarray) -> None:
             f"{start + len(shown)}, brightest first; residuals in units of the noise",
             dpi=110,
         )
-    for i in gallery[:3]:
+    for i in gallery[:_N_SINGLE]:
         label = names[i]
         axes = plot.compare_fits(both, i)
         save(axes.flat[0].figure, f"galaxy-{label}-fits.png", f"galaxy {label}, both fits")
@@ -562,13 +564,13 @@ def choose_gallery(demo: Demo) -> list[int]:
     ratio = np.asarray(table["chi2_dof_sersic"], dtype=float)
     n, ellip = (np.asarray(table[name], dtype=float) for name in ("n", "ellip"))
     size = np.array([_plain(r) for r in table["r_eff"]])
-    good = ~(sersic.failed | demo.gaussian.failed) & np.isfinite(ratio) & (size > 2.5)
+    good = ~(sersic.failed | demo.gaussian.failed) & np.isfinite(ratio) & (size > 3.5) & (n > 0.35)
     good &= (sersic.flags & (FitFlag.AT_BOUND | FitFlag.NOT_CONVERGED)) == 0
     kinds = [
         good & (n > 1.2) & (ellip < 0.3),
-        good & (ellip > 0.6),
+        good & (ellip > 0.5),
         good & (n < 1.0) & (ellip < 0.5),
-        good & (ellip > 0.3) & (ellip < 0.6),
+        good & (ellip > 0.3),
         good,
         np.ones(len(table), dtype=bool),
     ]

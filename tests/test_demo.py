@@ -26,6 +26,7 @@ def demo(tmp_path_factory):
     assert whole.shape == (872, 1000, 3)
     with pytest.MonkeyPatch.context() as patch:  # a corner of the field, to save time
         patch.setattr(demo, "load_deep_field", lambda: whole[:560, :440])
+        patch.setattr(demo, "_N_SINGLE", 1)
         return demo.run_demo(folder, n_max=N, progress=False)
 
 
