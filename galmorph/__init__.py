@@ -7,6 +7,7 @@ import importlib
 import astropy.modeling  # noqa: F401  first of all: it imports our fitters by entry point
 
 __all__ = [
+    "PSF",
     "BulgeDiskGalaxy2D",
     "FitFlag",
     "FitResult",
@@ -14,7 +15,6 @@ __all__ = [
     "LogNormal",
     "MAPFitter",
     "Normal",
-    "PSF",
     "PointSource2D",
     "SersicGalaxy2D",
     "__version__",

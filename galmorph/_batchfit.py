@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from galmorph._guess import Guess, WindowTemplates, first_guess, window_widths
+from galmorph._posterior import posterior_covariance, wrap_axis
 from galmorph.inference.least_squares import (
     LeastSquaresResult,
     Linearisation,
     levenberg_marquardt,
 )
 from galmorph.priors import Prior
-from galmorph.psf import PSF, cached_radius
+from galmorph.psf import PSF
 from galmorph.rendering.evaluate import pixel_images
 from galmorph.rendering.fourier import FourierRenderer
 from galmorph.rendering.parameters import Coordinates, Ellipse, components
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["BatchSetup", "background_templates", "fit_batch", "one_thread"]
 
 _WIDE = torch.float64
-# points that stand for a posterior
-_POINTS = 256
 
 
 @dataclass
@@ -73,10 +71,13 @@ class BatchSetup:
         self.names = tuple(model.param_names)
         self.ellipses: Sequence[Ellipse] = model.ellipses()
         self.tied = [n for n in self.names if model.tied[n]]
-        self.free = [not (model.fixed[n] or model.tied[n]) for n in self.names]
-        default = {
-            n: tuple(getattr(type(model), n).bounds) for n in self.names
+        round_ones = {  # a circle has no angle
+            e.theta
+            for e in self.ellipses
+            if e.r is not None and model.fixed[e.ellip] and np.all(getattr(model, e.ellip) == 0)
         }
+        self.free = [not (model.fixed[n] or model.tied[n] or n in round_ones) for n in self.names]
+        default = {n: tuple(getattr(type(model), n).bounds) for n in self.names}
         self.bounds = {n: tuple(model.bounds[n]) for n in self.names}
         native = {n for n in self.names if self.bounds[n] != default[n]}
         native |= set(self.priors) | {n for n in self.names if not self.free[self.names.index(n)]}
@@ -195,7 +196,10 @@ class _GalaxyProblem:
 
 
 def _coordinate_bounds(
-    setup: BatchSetup, start: torch.Tensor, guess: Guess | None, shape: tuple[int, int],
+    setup: BatchSetup,
+    start: torch.Tensor,
+    guess: Guess | None,
+    shape: tuple[int, int],
     shift: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Bounds of the coordinates that are parameters or their logarithms: (B, U) each."""
@@ -205,11 +209,9 @@ def _coordinate_bounds(
         if block.kind == "ellipse":
             continue
         name = setup.names[block.parameters[0]]
-        low, high = setup.bounds[name]
-        low = -np.inf if low is None else low
-        high = np.inf if high is None else high
-        if block.kind == "log":
-            low, high = np.log(max(low, 1e-3)), np.log(high) if high < np.inf else np.inf
+        low, high = _limits(setup.bounds[name])
+        if block.kind == "log":  # an index has bounds, a radius may have none
+            low, high = np.log(max(low, 0.02)), np.log(min(high, 8 * max(shape)))
         c = block.coordinates[0]
         lower[:, c], upper[:, c] = low, high
         if guess is not None and name in ("x_0", "y_0"):
@@ -217,6 +219,11 @@ def _coordinate_bounds(
             lower[:, c] = torch.maximum(lower[:, c], centre - shift)
             upper[:, c] = torch.minimum(upper[:, c], centre + shift)
     return lower, upper
+
+
+def _limits(bounds: tuple[float | None, float | None]) -> tuple[float, float]:
+    low, high = bounds
+    return (-np.inf if low is None else low), (np.inf if high is None else high)
 
 
 def _start_params(setup: BatchSetup, template: torch.Tensor, guess: Guess) -> torch.Tensor:
@@ -227,7 +234,7 @@ def _start_params(setup: BatchSetup, template: torch.Tensor, guess: Guess) -> to
     def put(name: str, value: torch.Tensor) -> None:
         i = names.index(name)
         if setup.free[i]:
-            low, high = (np.inf * s if b is None else b for b, s in zip(setup.bounds[name], (-1, 1)))
+            low, high = _limits(setup.bounds[name])
             params[:, i] = value.to(params).clamp(low, high)
 
     put("x_0", guess.x_0)
@@ -316,6 +323,10 @@ def one_thread() -> Iterator[None]:
     """Let torch use one thread: on images of this size more of them only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # the C library returns blocks up to the largest that was ever freed to its own pool, not
+    # to the system: without this, clearing fresh pages takes as long as the transforms
+    del_me = torch.empty(31 << 20, dtype=torch.uint8)
+    del del_me
     try:
         yield
     finally:
@@ -386,16 +397,22 @@ def fit_batch(
     ).flatten(1)
     lower, upper = _coordinate_bounds(setup, start, guess, shape, shift)
     problem = _GalaxyProblem(
-        setup, values.flatten(1), weight.flatten(1), templates, template, scale, shape,
+        setup,
+        values.flatten(1),
+        weight.flatten(1),
+        templates,
+        template,
+        scale,
+        shape,
         _renderer(psfs, shape, start, shift, setup, reach=0.3 if guess else 0.9),
     )
-    solve = _Solver(setup, problem, lower, upper)
+    solve = Solver(setup, problem, lower, upper)
     result = solve(start)
     if setup.start is None:
         _try_other_starts(setup, solve, result, start)
     if psfs and guess:
         _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift)
-    return _summarise(setup, problem, result, scale, lower, upper)
+    return _summarise(solve, result, scale)
 
 
 def _renderer(psfs, shape, start, shift, setup, *, reach: float) -> FourierRenderer | None:
@@ -414,21 +431,35 @@ def _renderer(psfs, shape, start, shift, setup, *, reach: float) -> FourierRende
     return FourierRenderer(shape, transfer)
 
 
-class _Solver:
+class Solver:
     """`levenberg_marquardt` with everything but the start."""
 
     def __init__(self, setup, problem, lower, upper) -> None:
         self.setup, self.problem, self.lower, self.upper = setup, problem, lower, upper
 
-    def __call__(
-        self, start: torch.Tensor, rows: torch.Tensor | None = None
+    def __call__(self, start: torch.Tensor, rows: torch.Tensor | None = None) -> LeastSquaresResult:
+        """Fit from parameters ``start`` (B, P)."""
+        return self.walk(
+            self.setup.coordinates.from_params(start), self.lower, self.upper, rows=rows
+        )
+
+    def walk(
+        self,
+        u: torch.Tensor,
+        lower: torch.Tensor,
+        upper: torch.Tensor,
+        *,
+        rows: torch.Tensor | None = None,
+        tolerance: float = 1e-3,
     ) -> LeastSquaresResult:
+        """Fit from coordinates ``u`` (B, U) within bounds."""
         return levenberg_marquardt(
             self.problem,
-            self.setup.coordinates.from_params(start),
-            lower=self.lower,
-            upper=self.upper,
+            u,
+            lower=lower,
+            upper=upper,
             max_iter=self.setup.max_iter,
+            tolerance=tolerance,
             relative_tolerance=1e-6 if self.setup.dtype == torch.float32 else 1e-10,
             window=self.setup.window,
             rows=rows,
@@ -454,6 +485,9 @@ def _try_other_starts(setup, solve, result, start) -> None:
     """
     lost = ~result.converged | ~torch.isfinite(result.cost)
     doubtful = lost | result.at_bound.any(1)
+    if solve.problem.linear_amplitude:  # of what is hardly there no start is better
+        size = setup.coordinates.size
+        doubtful &= result.linear[:, 0] * result.hessian[:, size, size].sqrt() > 8
     params = solve.problem.params(result.u, torch.arange(len(start), device=start.device))
     indices = [setup.names.index(e.n) for e in setup.ellipses if isinstance(e.n, str)]
     high = params[:, indices[0]] > 2.0 if indices else params[:, 0] > -torch.inf
@@ -496,9 +530,7 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
         n = params[:, at[e.n]] if isinstance(e.n, str) else torch.full_like(r, e.n)
         scalars = sersic_table(_WIDE, params.device).scalars_at(n)[0]
         edge = 0.5 * min(shape) / r
-        light = torch.exp(scalars[:, 1] - scalars[:, 0] * edge ** (1 / n)) / (
-            r * r * (1 - ellip)
-        )
+        light = torch.exp(scalars[:, 1] - scalars[:, 0] * edge ** (1 / n)) / (r * r * (1 - ellip))
         wide |= (ellip > 0.5) & (flux * light > 0.05)
     rows = torch.nonzero(wide & torch.isfinite(result.cost))[:, 0]
     if not rows.numel():
@@ -509,20 +541,21 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
     _take_better(result, solve(params, rows), rows, -torch.inf)
 
 
-def _summarise(setup, problem, result, scale, lower, upper) -> BatchResult:
+def _summarise(solve, result, scale) -> BatchResult:
     """Parameters and covariance in the units of the data."""
+    setup, problem = solve.setup, solve.problem
     every = torch.arange(len(result.u), device=result.u.device)
     params = problem.params(result.u, every)
     if problem.linear_amplitude:
         params[:, 0] = result.linear[:, 0] * scale
-    inverse, bad = _invert(result.hessian)
-    cov = _posterior_moments(setup, problem, result, params, inverse, scale, lower, upper)
-    cov[bad] = torch.nan
+    cov, bad = posterior_covariance(solve, result, params, scale)
     for e in setup.ellipses:
         if e.r is not None:  # angles in (-pi/2, pi/2]
             i = setup.names.index(e.theta)
             if setup.free[i]:
-                params[:, i] = _wrap(params[:, i])
+                params[:, i] = wrap_axis(params[:, i])
+    if setup.coordinates.tie is not None:
+        params = setup.coordinates.tie(params)
     split = len(setup.names)
     out = {
         "params": params,
@@ -550,85 +583,3 @@ def _at_limit(setup, params: torch.Tensor) -> torch.Tensor:
         if e.r is not None and setup.free[setup.names.index(e.r)]:
             result |= params[:, setup.names.index(e.r)] <= 0.05
     return result
-
-
-def _wrap(angle: torch.Tensor) -> torch.Tensor:
-    """An angle of an axis, in [-pi/2, pi/2)."""
-    return torch.remainder(angle + torch.pi / 2, torch.pi) - torch.pi / 2
-
-
-@lru_cache(maxsize=16)
-def _normal_points(size: int) -> torch.Tensor:
-    """Points (S, size) that stand for a normal distribution: fixed, even, with its moments."""
-    from scipy.special import ndtri
-    from scipy.stats import qmc
-
-    points = qmc.Sobol(size, scramble=True, rng=20261121).random(_POINTS // 2)
-    half = ndtri(np.clip(points, 1e-6, 1 - 1e-6))
-    z = np.concatenate([half, -half])
-    root = np.linalg.cholesky(np.linalg.inv(z.T @ z / len(z)))
-    return torch.as_tensor(z @ root, dtype=_WIDE)
-
-
-def _posterior_moments(setup, problem, result, params, inverse, scale, lower, upper):
-    """Second moments of parameters and background about their fitted values.
-
-    The posterior is normal in the coordinates of the fit (Laplace's approximation), in which
-    it is nearly so; the parameters are curved functions of these.  Points that stand for
-    the normal distribution are carried over, with a weight that makes the prior uniform
-    in axis ratio and angle.
-    """
-    size, batch = setup.coordinates.size, len(params)
-    unknowns = inverse.shape[1]
-    z = _normal_points(unknowns).to(params.device)
-    eye = torch.eye(unknowns, dtype=_WIDE, device=params.device)
-    safe = torch.where(torch.isfinite(inverse).all(2).all(1)[:, None, None], inverse, eye)
-    lift = 1e-12 * torch.diagonal(safe, dim1=1, dim2=2)
-    root = torch.linalg.cholesky_ex(safe + torch.diag_embed(lift))[0]
-    delta = z @ root.transpose(1, 2)  # (B, S, K)
-    u = result.u[:, None] + delta[..., :size]
-    weight = ((u >= lower[:, None]) & (u <= upper[:, None])).all(2).to(_WIDE)
-    u = torch.minimum(torch.maximum(u, lower[:, None]), upper[:, None])
-    for block in setup.coordinates.blocks:
-        if block.kind == "ellipse":
-            at = result.u[:, block.coordinates]
-            g0 = torch.hypot(at[:, 1], at[:, 2])[:, None]
-            g = torch.hypot(u[..., block.coordinates[1]], u[..., block.coordinates[2]])
-            soft = 0.1 * delta[..., block.coordinates[1:]].square().mean((1, 2)).sqrt()[:, None]
-            weight = weight * torch.exp(g0 - g) / torch.hypot(g, soft)
-    flat = u.reshape(-1, size)
-    template = params[:, None].expand(-1, z.shape[0], -1).reshape(-1, params.shape[1])
-    values = setup.coordinates.to_params(flat, template).reshape(batch, z.shape[0], -1)
-    offset = values - params[:, None]
-    n_linear = unknowns - size
-    background = delta[..., size + problem.linear_amplitude :] * scale[:, None, None]
-    if problem.linear_amplitude:
-        offset[..., 0] = delta[..., size] * scale[:, None]
-    for e in setup.ellipses:
-        if e.r is not None:
-            i = setup.names.index(e.theta)
-            offset[..., i] = _wrap(offset[..., i])
-    if n_linear > problem.linear_amplitude:
-        offset = torch.cat([offset, background], 2)
-    weight = weight / weight.sum(1, keepdim=True).clamp_min(1e-300)
-    weight = torch.where(torch.isfinite(weight) & (weight.sum(1, keepdim=True) > 0.5), weight, 1.0 / z.shape[0])
-    return (offset * weight[..., None]).transpose(1, 2) @ offset
-
-
-def _invert(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of positive definite matrices, and which could not be inverted."""
-    diagonal = torch.diagonal(hessian, dim1=-2, dim2=-1)
-    scale = diagonal.clamp_min(1e-300).rsqrt()
-    scaled = torch.nan_to_num(hessian * scale[:, :, None] * scale[:, None, :])
-    factor, info = torch.linalg.cholesky_ex(scaled)
-    bad = (info > 0) | ~torch.isfinite(hessian).all(2).all(1) | (diagonal <= 0).any(1)
-    eye = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
-    factor = torch.where(bad[:, None, None], eye, factor)
-    inverse = torch.cholesky_inverse(factor) * scale[:, :, None] * scale[:, None, :]
-    inverse[bad] = torch.nan
-    return inverse, bad
-
-
-def psf_radius(psf: PSF | None) -> float:
-    """Radius of a PSF in pixels; half a pixel without one."""
-    return 0.5 if psf is None else cached_radius(psf)

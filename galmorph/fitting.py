@@ -244,7 +244,9 @@ class MAPFitter(Fitter):
 
     def _store(self, fits: StampFits, rows: np.ndarray, result: Any, setup: Any) -> None:
         fits.params[rows] = result.params
-        held = ~np.array([f or n in setup.tied for f, n in zip(setup.free, setup.names, strict=True)])
+        held = ~np.array(
+            [f or n in setup.tied for f, n in zip(setup.free, setup.names, strict=True)]
+        )
         cov = result.cov
         cov[:, held] = 0.0
         cov[:, :, held] = 0.0

@@ -45,9 +45,7 @@ class PSF:
     ((15, 15), 1.0)
     """
 
-    def __init__(
-        self, data: Any, *, oversampling: int = 1, includes_pixel: bool = True
-    ) -> None:
+    def __init__(self, data: Any, *, oversampling: int = 1, includes_pixel: bool = True) -> None:
         array = np.array(getattr(data, "value", data), dtype=np.float64)
         if array.ndim != 2:
             raise ValueError(f"a PSF must be a two-dimensional array, not of shape {array.shape}")

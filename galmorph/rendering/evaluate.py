@@ -12,6 +12,9 @@ from galmorph.rendering.fourier import FourierRenderer
 from galmorph.rendering.parameters import Ellipse, components, raw_jacobian
 from galmorph.rendering.transfer import make_transfer
 
+# pixels beyond the stamp that are drawn for galaxies larger than it
+_MAX_MARGIN = 192.0
+
 __all__ = ["evaluate_grid", "evaluate_points", "pixel_images"]
 
 
@@ -27,11 +30,14 @@ def _render(
     centre = params[:, 1:3].detach()
     middle = params.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
     drift = (centre - middle).abs().amax(0).tolist()
+    at = {name: i for i, name in enumerate(names)}
+    radii = [params[:, at[e.r]].detach().max().item() for e in ellipses if e.r is not None]
     transfer = make_transfer(
         psf,
         shape,
         drift=(drift[1], drift[0]),
         reach=0.9,
+        margin=min(3.0 * max(radii, default=0.0), _MAX_MARGIN),
         dtype=params.dtype,
         device=params.device,
     )
@@ -186,7 +192,7 @@ def pixel_images(ellipses, names, params, x, y, derivatives):
 
     tensor = torch.as_tensor(params, dtype=torch.float64)
     at = {name: i for i, name in enumerate(names)}
-    px, py = (torch.as_tensor(np.asarray(a, dtype=float)) for a in (x, y))
+    px, py = (torch.as_tensor(np.array(a, dtype=float)) for a in (x, y))
     flux = tensor[:, :1]
     total = torch.zeros((len(params), px.numel()), dtype=torch.float64)
     slopes = torch.zeros((*params.shape, px.numel()), dtype=torch.float64)

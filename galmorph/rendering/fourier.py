@@ -51,8 +51,9 @@ class RawImages:
     Attributes
     ----------
     columns : tensor, shape (B, 1 + R, ny, nx)
-        The image, then its derivatives (R = 0 without) in the order x_0, y_0, then for each component its share of the light (only when
-        it has a ``weight``), xx, xy, yy of its shape and n (only when a tensor).
+        The image, then its derivatives (R = 0 without): by x_0, y_0, then for each component
+        by its share of the light (only when it has a ``weight``), xx, xy, yy of its shape
+        and n (only when a tensor).
     """
 
     columns: torch.Tensor

@@ -92,7 +92,7 @@ def components(
         if e.r is None:
             drawn.append(Component(None, None, weight))
             continue
-        ellip = column[e.ellip].clamp(0.0, MAX_ELLIP)
+        ellip = column[e.ellip].clamp_max(MAX_ELLIP)  # negative: b is larger than a
         shape = _shape_of(column[e.r].clamp_min(1e-3), ellip, column[e.theta])
         drawn.append(Component(shape, column[e.n] if isinstance(e.n, str) else e.n, weight))
     return drawn
@@ -150,7 +150,7 @@ def raw_jacobian(
         if isinstance(e.n, str):
             jacobian[:, where["n", i], at[e.n]] = 1.0
         r, ellip, theta = (params[:, at[name]] for name in (e.r, e.ellip, e.theta))
-        r, q = r.clamp_min(1e-3), 1.0 - ellip.clamp(0.0, MAX_ELLIP)
+        r, q = r.clamp_min(1e-3), 1.0 - ellip.clamp_max(MAX_ELLIP)
         cos, sin = torch.cos(theta), torch.sin(theta)
         first = where["xx", i]
         block = slice(first, first + 3)

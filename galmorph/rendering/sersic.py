@@ -95,7 +95,7 @@ class SersicTable:
         if derivatives:
             rows = torch.cat([rows, (dcheb @ flat).reshape(batch * nodes, 4)], 1)
         t = (0.5 * torch.log(kappa2.clamp_min(1e-30)) - _T_MIN) * (1.0 / _T_STEP)
-        t = t.clamp(0.0, nodes - 1e-3)
+        t = torch.nan_to_num(t).clamp(0.0, nodes - 1e-3)
         index = t.detach().long()
         s = (t - index).reshape(-1)
         index = index + torch.arange(batch, device=index.device)[:, None] * nodes

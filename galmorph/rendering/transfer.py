@@ -30,7 +30,9 @@ def _smooth_even(size: float) -> int:
         n += 2
 
 
-def box_size(n_pixels: int, psf_radius: float, drift: float, reach: float = 0.3) -> int:
+def box_size(
+    n_pixels: int, psf_radius: float, drift: float, reach: float = 0.3, margin: float = 0.0
+) -> int:
     """Side of the periodic box for a stamp side of ``n_pixels``.
 
     Parameters
@@ -45,6 +47,8 @@ def box_size(n_pixels: int, psf_radius: float, drift: float, reach: float = 0.3)
         Least distance from the far edge of the stamp to the next repetition of the centre,
         in sides of the stamp.  0.3 is exact to 1e-4 of the peak but for very elongated
         galaxies that fill the stamp; 0.9 for these too.
+    margin : float, optional
+        The same, in pixels (never less than 24).
 
     Returns
     -------
@@ -60,7 +64,8 @@ def box_size(n_pixels: int, psf_radius: float, drift: float, reach: float = 0.3)
     64
     """
     far_edge = 0.5 * (n_pixels - 1) + drift
-    return _smooth_even(max(n_pixels, far_edge + max(psf_radius + 3.0, reach * n_pixels, 8.0)))
+    beyond = max(psf_radius + 3.0, reach * n_pixels, margin, 24.0)
+    return _smooth_even(max(n_pixels, far_edge + beyond))
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,7 @@ def make_transfer(
     *,
     drift: float | tuple[float, float] = 5.0,
     reach: float = 0.3,
+    margin: float = 0.0,
     dtype: torch.dtype = torch.float64,
     device: str | torch.device = "cpu",
 ) -> Transfer:
@@ -129,7 +135,7 @@ def make_transfer(
         (ny, nx) of the stamps.
     drift : float or tuple of float, optional
         How far from the middle of the stamp centres may be, in pixels; (y, x) or one for both.
-    reach : float, optional
+    reach, margin : float, optional
         See `box_size`.
     dtype, device : optional
         Precision and place of the rendering.
@@ -154,7 +160,7 @@ def make_transfer(
     psfs = (psf,) if isinstance(psf, PSF) else tuple(psf)
     radius = max(cached_radius(p) for p in psfs)
     drifts = drift if isinstance(drift, tuple) else (drift, drift)
-    box = tuple(box_size(n, radius, d, reach) for n, d in zip(shape, drifts, strict=True))
+    box = tuple(box_size(n, radius, d, reach, margin) for n, d in zip(shape, drifts, strict=True))
     if len(psfs) == 1:
         return _shared_transfer(psfs[0], box, dtype, torch.device(device))
     return _transfer(psfs, box, dtype, device)
@@ -178,9 +184,9 @@ def _transfer(
     # an array sampled s times a pixel holds waves up to s times the Nyquist frequency
     aliases = np.arange(-(oversampling // 2), oversampling // 2 + 1)
     axes = []
-    for size, count, base in (
-        (box[0], stack.shape[1], np.fft.fftfreq(box[0])),
-        (box[1], stack.shape[2], np.fft.rfftfreq(box[1])),
+    for count, base in (
+        (stack.shape[1], np.fft.fftfreq(box[0])),
+        (stack.shape[2], np.fft.rfftfreq(box[1])),
     ):
         k = 2 * np.pi * (base[None, :] + aliases[:, None])
         where = (np.arange(count) - 0.5 * (count - 1)) / oversampling
@@ -200,9 +206,7 @@ def _transfer(
     amplitude, grid_y, grid_x = amplitude[:, keep], grid_y[keep], grid_x[keep]
     complex_dtype = torch.complex64 if dtype == torch.float32 else torch.complex128
     return Transfer(
-        amplitude=torch.as_tensor(
-            amplitude, dtype=complex_dtype, device=device
-        ),
+        amplitude=torch.as_tensor(amplitude, dtype=complex_dtype, device=device),
         kx=torch.as_tensor(grid_x, dtype=dtype, device=device),
         ky=torch.as_tensor(grid_y, dtype=dtype, device=device),
         target=None if target is None else torch.as_tensor(target, device=device),
@@ -219,9 +223,7 @@ def _landing(
     back, where they matter.  No target is needed when none does.
     """
     columns = box[1] // 2 + 1
-    index_y, index_x = np.divmod(
-        np.arange(amplitude.shape[1]), n_aliases * columns
-    )
+    index_y, index_x = np.divmod(np.arange(amplitude.shape[1]), n_aliases * columns)
     middle = n_aliases // 2
     on_grid = (index_y // box[0] == middle) & (index_x // columns == middle)
     size = np.abs(amplitude).max(0)

@@ -101,11 +101,7 @@ def repetitions(
         -2 * (by_u2 * vx * vy).sum(1) + 2 * half * xy[:, None, None],
         -(by_u2 * vy * vy).sum(1) - half * xx[:, None, None],
         (
-            light
-            * (
-                _view(slope[:, 1])
-                + power * (b * log_u / _view(n * n) - _view(slope[:, 0]))
-            )
+            light * (_view(slope[:, 1]) + power * (b * log_u / _view(n * n) - _view(slope[:, 0])))
         ).sum(1),
     ]
     return torch.stack(columns, 1)
@@ -189,9 +185,7 @@ class _TailByAutograd(torch.autograd.Function):
         from dataclasses import replace
 
         index = n if isinstance(component.n, torch.Tensor) else component.n
-        columns = tail(
-            replace(component, shape=shape.detach(), n=index), box, derivatives=True
-        )
+        columns = tail(replace(component, shape=shape.detach(), n=index), box, derivatives=True)
         ctx.save_for_backward(columns)
         ctx.dtypes = shape.dtype, n.dtype
         return columns[:, 0]
