@@ -155,6 +155,7 @@ def first_guess(
 
     dx, wx = _windows(x_0, nx, sigma)
     dy, wy = _windows(y_0, ny, sigma)
+
     def moment(px: int, py: int) -> torch.Tensor:
         along = wx * dx[:, None] ** px if px else wx
         across = wy * dy[:, None] ** py if py else wy

@@ -65,7 +65,9 @@ def fit_model(
         raise ValueError("a model set is fitted to images on a regular grid of pixels")
     if grid is not None:
         return _fit_stamps(fitter, model, grid, z, weights, weighted, maxiter)
-    return _fit_points(fitter, model, x.ravel(), y.ravel(), z.ravel(), weights.ravel(), weighted, maxiter)
+    return _fit_points(
+        fitter, model, x.ravel(), y.ravel(), z.ravel(), weights.ravel(), weighted, maxiter
+    )
 
 
 def _check(model, x, y, z, weights):
@@ -270,9 +272,7 @@ def _derivatives(model: Model, x, y, params) -> list[np.ndarray]:
 def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeResult:
     start, _, bounds = _astropy.model_to_fit_params(model)
     problem = _PointProblem(fitter, model, x, y, z, weights)
-    lower, upper = (
-        torch.as_tensor(np.asarray(b, dtype=float)[None]) for b in (bounds or ((), ()))
-    )
+    lower, upper = (torch.as_tensor(np.asarray(b, dtype=float)[None]) for b in (bounds or ((), ())))
     found = levenberg_marquardt(
         problem,
         torch.as_tensor(np.asarray(start, dtype=float))[None],

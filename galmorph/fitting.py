@@ -105,7 +105,7 @@ class MAPFitter(Fitter):
     100.00 1.200
     """
 
-    supported_constraints = ["fixed", "tied", "bounds"]  # noqa: RUF012  as in astropy
+    supported_constraints = ["fixed", "tied", "bounds"]
 
     def __init__(
         self,
@@ -186,8 +186,8 @@ class MAPFitter(Fitter):
         import torch
 
         from galmorph._batchfit import BatchSetup
-        from galmorph.priors import INDEX_PRIOR
         from galmorph.models.base import GalaxyModel
+        from galmorph.priors import INDEX_PRIOR
 
         if not isinstance(model, GalaxyModel):
             raise TypeError(

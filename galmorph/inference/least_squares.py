@@ -154,7 +154,7 @@ class _Evaluator:
             cost = chi2 + lin.penalty.to(wide).square().sum(1)
         linear = coefficients if solved else torch.cat([amplitude[:, None], coefficients], 1)
         return {
-            "cost": torch.nan_to_num(cost, nan=torch.inf),
+            "cost": torch.nan_to_num(cost, nan=torch.inf, posinf=torch.inf),
             "chi2": chi2,
             "gradient": gradient,
             "hessian": hessian,

@@ -67,7 +67,7 @@ def fit(
     >>> result = galmorph.fit_images(image, galmorph.GaussianGalaxy2D(), uncertainty=1.0)
     >>> axes = plot.fit(result)
     >>> [ax.get_title() for ax in axes]
-    ['Data − background', 'GaussianGalaxy2D', 'Residual']
+    ['Data', 'GaussianGalaxy2D', 'Residual']
     """
     drawing.check_limit(residual_limit)
     view = drawing.StampView(result, i)

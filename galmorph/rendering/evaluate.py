@@ -14,6 +14,10 @@ from galmorph.rendering.transfer import make_transfer
 
 # pixels beyond the stamp that are drawn for galaxies larger than it
 _MAX_MARGIN = 192.0
+# side of the tiles on which scattered points are drawn, and the distance from the centre, in
+# pixels, beyond which the light is so smooth that the PSF does not matter
+_TILE = 64
+_FAR = 600.0
 
 __all__ = ["evaluate_grid", "evaluate_points", "pixel_images"]
 
@@ -163,30 +167,46 @@ def evaluate_points(
 
 
 def _evaluate_off_grid(ellipses, names, params, x, y, psf, derivatives):
-    """Group the points by their sub-pixel offset: each group is a grid."""
-    offsets = np.round(np.stack([x - np.floor(x), y - np.floor(y)], -1), 7)
-    groups, member = np.unique(offsets, axis=0, return_inverse=True)
+    """Points in groups that are grids: of one sub-pixel offset, on one tile of the plane."""
+    values = np.zeros((len(params), x.size))
+    slopes = np.zeros((*params.shape, x.size)) if derivatives else None
+    column, row = np.floor(x + 1e-7).astype(int), np.floor(y + 1e-7).astype(int)
+    offset = np.round(np.stack([x - column, y - row], -1), 7)
+    tile = np.stack([column // _TILE, row // _TILE], -1)
+    groups, member = np.unique(np.concatenate([offset, tile], 1), axis=0, return_inverse=True)
     member = member.ravel()
-    values = np.empty((len(params), x.size))
-    slopes = np.empty((*params.shape, x.size)) if derivatives else None
-    for g, offset in enumerate(groups):
+    for g, (dx, dy, *where) in enumerate(groups):
         here = np.flatnonzero(member == g)
-        column = np.floor(x[here] + 1e-7).astype(int)
-        row = np.floor(y[here] + 1e-7).astype(int)
-        low_x, low_y = column.min(), row.min()
-        shape = (int(row.max() - low_y) + 1, int(column.max() - low_x) + 1)
+        low_x, low_y = column[here].min(), row[here].min()
         own = params.copy()
-        own[:, 1] -= low_x + offset[0]
-        own[:, 2] -= low_y + offset[1]
-        result = evaluate_grid(ellipses, names, own, shape, psf=psf, derivatives=derivatives)
-        if derivatives:
-            slopes[..., here] = result[1][..., row - low_y, column - low_x]
-            result = result[0]
-        values[:, here] = result[:, row - low_y, column - low_x]
+        own[:, 1] -= low_x + dx
+        own[:, 2] -= low_y + dy
+        gap = np.abs(params[:, 1:3] - (np.array(where) + 0.5) * _TILE).max(1)
+        for rows, far in ((gap > _FAR, True), (gap <= _FAR, False)):
+            if not rows.any():
+                continue
+            at = row[here] - low_y, column[here] - low_x
+            if far:  # the PSF does not matter there
+                result = pixel_images(
+                    ellipses, names, own[rows], at[1], at[0], derivatives, skip_points=True
+                )
+            else:
+                shape = (int(at[0].max()) + 1, int(at[1].max()) + 1)
+                result = evaluate_grid(
+                    ellipses, names, own[rows], shape, psf=psf, derivatives=derivatives
+                )
+                if derivatives:
+                    result = tuple(r[..., at[0], at[1]] for r in result)
+                else:
+                    result = result[:, at[0], at[1]]
+            if derivatives:
+                slopes[np.ix_(rows, np.arange(params.shape[1]), here)] = result[1]
+                result = result[0]
+            values[np.ix_(rows, here)] = result
     return (values, slopes) if derivatives else values
 
 
-def pixel_images(ellipses, names, params, x, y, derivatives):
+def pixel_images(ellipses, names, params, x, y, derivatives, *, skip_points=False):
     """Without a PSF: light integrated over the pixels exactly."""
     from galmorph.rendering.pixel import sersic_pixel_flux, sersic_pixel_flux_jacobian
 
@@ -201,6 +221,8 @@ def pixel_images(ellipses, names, params, x, y, derivatives):
         if e.share is not None:
             share = tensor[:, at[e.share.lstrip("-")]]
             share = 1 - share if e.share[0] == "-" else share
+        if e.r is None and skip_points:
+            continue
         if e.r is None:
             raise ValueError("a point source has no image without a PSF: give psf=")
         used = ["x_0", "y_0", e.r, e.n, e.ellip, e.theta]

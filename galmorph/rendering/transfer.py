@@ -154,8 +154,8 @@ def make_transfer(
     >>> import numpy as np
     >>> from galmorph import PSF
     >>> from galmorph.rendering import make_transfer
-    >>> make_transfer(PSF(np.ones((3, 3))), (20, 24)).box
-    (24, 24)
+    >>> make_transfer(PSF(np.ones((3, 3))), (60, 64)).box
+    (64, 64)
     """
     psfs = (psf,) if isinstance(psf, PSF) else tuple(psf)
     radius = max(cached_radius(p) for p in psfs)
