@@ -60,7 +60,7 @@ class BatchSetup:
     background: str = "none"
     device: torch.device | str = "cpu"
     dtype: torch.dtype = torch.float32
-    window: int = 128
+    window: int = 96
     max_iter: int = 60
     max_shift: float | None = None
     start: np.ndarray | None = None

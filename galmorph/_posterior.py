@@ -116,7 +116,7 @@ def _summed_over_index(solve, result, params, scale, rows, index, width) -> torc
         lower[:, index] = upper[:, index] = at
         start = best + response[:, : best.shape[1]] * (at - best[:, index])[:, None]
         start = torch.minimum(torch.maximum(start, lower), upper)
-        node = solve.walk(start, lower, upper, rows=rows, tolerance=0.02)
+        node = solve.walk(start, lower, upper, rows=rows, tolerance=0.1)
         offset, weight, log_mass = _node(solve, node, params, scale, rows, index, result, width)
         parts.append((offset, weight, torch.where(inside[rows], log_mass, -torch.inf)))
     mass = torch.softmax(

@@ -115,7 +115,7 @@ class MAPFitter(Fitter):
         max_shift: float | None = None,
         device: str = "cpu",
         dtype: str = "float32",
-        batch_size: int = 128,
+        batch_size: int = 96,
     ) -> None:
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
@@ -280,7 +280,7 @@ class MAPFitter(Fitter):
         x, y : array-like
             Coordinates of the data.
         z : array-like
-            The data, in the shape of ``x``; for a model set (N, *x.shape).
+            The data, in the shape of ``x``; for a model set ``(N, *x.shape)``.
         weights : array-like, optional
             One over the uncertainty of each datum.  Without them all count the same and
             the covariance is scaled by the mean squared residual.

@@ -101,6 +101,12 @@ def _normalised_solve(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tenso
     return torch.nan_to_num(torch.cholesky_solve(rhs, factor)[..., 0] * scale)
 
 
+def _project(image: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Scalar products of ``image`` (b, npix) with ``images`` (b, K, npix)."""
+    # as a row: ten times as fast as a column
+    return (image[:, None] @ images.transpose(1, 2))[:, 0].to(torch.float64)
+
+
 class _Evaluator:
     """Evaluates some problems of the batch: cost, gradient, curvature and linear solution."""
 
@@ -112,35 +118,31 @@ class _Evaluator:
         problem, nb = self.problem, self.n_templates
         lin = problem.linearise(u, rows)
         weight = problem.weight[rows]
+        n_raw = lin.columns.shape[1] - 1
         images = lin.columns
-        if nb:
+        if nb:  # the unit image, then the templates, then the derivatives
             templates = problem.templates.expand(images.shape[0], -1, -1)
-            images = torch.cat([images, templates], 1)
+            images = torch.cat([images[:, :1], templates, images[:, 1:]], 1)
         images = images * weight[:, None]
         wide = torch.float64
         gram = (images @ images.transpose(1, 2)).to(wide)
-        target = problem.data[rows] * weight
-        n_raw = lin.columns.shape[1] - 1
+        rest = problem.data[rows] * weight
         # amplitude (where it is solved for) and templates
-        where = torch.arange(n_raw + 1, n_raw + 1 + nb, device=u.device)
         solved = lin.amplitude is None
-        if solved:
-            where = torch.cat([where.new_zeros(1), where])
-            rest = target
-        else:
-            rest = target - lin.amplitude.to(target.dtype)[:, None] * images[:, 0]
-        linear_images = images[:, where]
-        coefficients = rest.new_zeros((rest.shape[0], where.numel()), dtype=wide)
-        if where.numel():
+        linear = slice(0 if solved else 1, 1 + nb)
+        if not solved:
+            rest = rest - lin.amplitude.to(rest.dtype)[:, None] * images[:, 0]
+        linear_images = images[:, linear]
+        coefficients = rest.new_zeros((rest.shape[0], linear.stop - linear.start), dtype=wide)
+        if coefficients.shape[1]:
             for _ in range(2):  # the second pass removes the rounding of the first
-                right = (linear_images @ rest[..., None])[..., 0].to(wide)
-                delta = _normalised_solve(gram[:, where][:, :, where], right)
+                delta = _normalised_solve(gram[:, linear, linear], _project(rest, linear_images))
                 coefficients = coefficients + delta
                 rest = torch.baddbmm(
                     rest[:, None], delta.to(rest.dtype)[:, None], linear_images, alpha=-1
                 )[:, 0]
         chi2 = (rest * rest).sum(1, dtype=wide)
-        right = (images @ rest[..., None])[..., 0].to(wide)
+        right = _project(rest, images)
         amplitude = coefficients[:, 0] if solved else lin.amplitude.to(wide)
         full = self._full_chain(lin, amplitude, n_raw, solved)
         hessian = full.transpose(1, 2) @ gram @ full
@@ -152,13 +154,14 @@ class _Evaluator:
             hessian[:, :size, :size] += chain.transpose(1, 2) @ chain
             gradient[:, :size] -= (chain.transpose(1, 2) @ lin.penalty.to(wide)[..., None])[..., 0]
             cost = chi2 + lin.penalty.to(wide).square().sum(1)
-        linear = coefficients if solved else torch.cat([amplitude[:, None], coefficients], 1)
+        if not solved:
+            coefficients = torch.cat([amplitude[:, None], coefficients], 1)
         return {
             "cost": torch.nan_to_num(cost, nan=torch.inf, posinf=torch.inf),
             "chi2": chi2,
             "gradient": gradient,
             "hessian": hessian,
-            "linear": linear,
+            "linear": coefficients,
         }
 
     def _full_chain(
@@ -169,13 +172,13 @@ class _Evaluator:
         batch, _, size = chain.shape
         nb = self.n_templates
         full = chain.new_zeros((batch, 1 + n_raw + nb, size + solved + nb))
-        full[:, 1 : 1 + n_raw, :size] = amplitude[:, None, None] * chain
+        full[:, 1 + nb :, :size] = amplitude[:, None, None] * chain
         if solved:
             full[:, 0, size] = 1.0
         elif lin.amplitude_chain is not None:
             full[:, 0, :size] = lin.amplitude_chain.to(amplitude.dtype)
         for i in range(nb):
-            full[:, 1 + n_raw + i, size + solved + i] = 1.0
+            full[:, 1 + i, size + solved + i] = 1.0
         return full
 
 

@@ -50,7 +50,7 @@ class BulgeDiskGalaxy2D(GalaxyModel):
     r_bulge = Parameter(
         default=1.5, bounds=(0.05, None), description="Half-light semi-major axis of the bulge"
     )
-    n_bulge = Parameter(default=3.0, bounds=(0.3, 8.0), description="Sérsic index of the bulge")
+    n_bulge = Parameter(default=3.0, bounds=(0.2, 8.0), description="Sérsic index of the bulge")
     ellip_bulge = Parameter(default=0.0, bounds=(0.0, 0.99), description="Ellipticity of the bulge")
     theta_bulge = Parameter(default=0.0, description="Angle of the bulge, radians")
     r_disk = Parameter(

@@ -21,7 +21,7 @@ class SersicGalaxy2D(GalaxyModel):
     r_eff : float
         Half-light radius along the major axis, in pixels.
     n : float
-        Sérsic index, 0.3 to 8.
+        Sérsic index, 0.2 to 8.
     ellip : float
         Ellipticity, 1 - b/a.
     theta : float or `~astropy.units.Quantity`
@@ -55,7 +55,7 @@ class SersicGalaxy2D(GalaxyModel):
     r_eff = Parameter(
         default=3.0, bounds=(0.05, None), description="Half-light semi-major axis, pixels"
     )
-    n = Parameter(default=1.5, bounds=(0.3, 8.0), description="Sérsic index")
+    n = Parameter(default=1.5, bounds=(0.2, 8.0), description="Sérsic index")
     ellip = Parameter(default=0.0, bounds=(0.0, 0.99), description="Ellipticity, 1 - b/a")
     theta = Parameter(default=0.0, description="Angle of the major axis from +x, radians")
 

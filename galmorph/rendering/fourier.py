@@ -191,8 +191,7 @@ class FourierRenderer:
         transfer = self.transfer
         kx, ky = transfer.kx, transfer.ky
         ly, lx = transfer.box
-        phase = x_0[:, None] * kx + y_0[:, None] * ky
-        wave = torch.polar(torch.ones_like(phase), -phase) * transfer.amplitude
+        wave = self._phases(x_0, y_0) * transfer.amplitude
         turned = wave * (-1j) if derivatives else wave  # d/dx_0 brings down -i k
         amplitudes = [total]
         if derivatives:
@@ -208,9 +207,22 @@ class FourierRenderer:
         if transfer.target is not None:
             grid = wave.new_zeros((*spectrum.shape[:2], ly * (lx // 2 + 1)))
             spectrum = grid.index_add(2, transfer.target, spectrum)
-        spectrum = spectrum.reshape(*spectrum.shape[:2], ly, lx // 2 + 1)
-        image = torch.fft.irfft2(spectrum, s=(ly, lx))
-        return image[..., : self.shape[0], : self.shape[1]]
+        # one axis after the other, each in order in memory: half the time of irfft2
+        spectrum = spectrum.reshape(*spectrum.shape[:2], lx // 2 + 1, ly)
+        rows = torch.fft.ifft(spectrum, dim=-1).transpose(-1, -2)[..., : self.shape[0], :]
+        return torch.fft.irfft(rows, n=lx, dim=-1)[..., : self.shape[1]]
+
+    def _phases(self, x_0: torch.Tensor, y_0: torch.Tensor) -> torch.Tensor:
+        """exp(-i k x) of the centres for every wave, (B, m)."""
+        kx, ky = self.transfer.kx, self.transfer.ky
+        if self.transfer.target is not None:
+            phase = x_0[:, None] * kx + y_0[:, None] * ky
+            return torch.polar(torch.ones_like(phase), -phase)
+        size = self.transfer.box[0]  # the waves are a grid: a product of two axes
+        along = x_0[:, None] * kx[::size]
+        across = y_0[:, None] * ky[:size]
+        along, across = (torch.polar(torch.ones_like(p), -p) for p in (along, across))
+        return (along[:, :, None] * across[:, None, :]).flatten(1)
 
     def _without_repetitions(
         self,

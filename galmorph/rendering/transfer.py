@@ -77,7 +77,7 @@ class Transfer:
     amplitude : complex tensor, shape (1 or B, m)
         PSF (times pixel) at each wave.
     kx, ky : tensor, shape (m,)
-        Wave numbers in radians per pixel.
+        Wave numbers in radians per pixel, kx outermost.
     target : tensor of int, shape (m,), or None
         Where each wave lands on the half-plane grid of the box once sampled at the
         pixels; None when the waves are that grid.
@@ -198,10 +198,10 @@ def _transfer(
     (ky, wave_y), (kx, wave_x) = axes
     # in torch, which heeds the number of threads that the caller has set
     wave_y, wave_x = torch.as_tensor(wave_y), torch.as_tensor(wave_x)
-    rows = wave_y @ torch.as_tensor(stack).to(wave_y.dtype)
-    amplitude = (rows @ wave_x.T).reshape(len(psfs), -1).numpy()
-    grid_y = np.broadcast_to(ky.reshape(-1, 1), (ky.size, kx.size)).ravel()
-    grid_x = np.broadcast_to(kx.reshape(1, -1), (ky.size, kx.size)).ravel()
+    rows = wave_x @ torch.as_tensor(stack).transpose(1, 2).to(wave_y.dtype)
+    amplitude = (rows @ wave_y.T).reshape(len(psfs), -1).numpy()
+    grid_x = np.broadcast_to(kx.reshape(-1, 1), (kx.size, ky.size)).ravel()
+    grid_y = np.broadcast_to(ky.reshape(1, -1), (kx.size, ky.size)).ravel()
     keep, target = _landing(amplitude, len(aliases), box)
     amplitude, grid_y, grid_x = amplitude[:, keep], grid_y[keep], grid_x[keep]
     complex_dtype = torch.complex64 if dtype == torch.float32 else torch.complex128
@@ -223,11 +223,11 @@ def _landing(
     back, where they matter.  No target is needed when none does.
     """
     columns = box[1] // 2 + 1
-    index_y, index_x = np.divmod(np.arange(amplitude.shape[1]), n_aliases * columns)
+    index_x, index_y = np.divmod(np.arange(amplitude.shape[1]), n_aliases * box[0])
     middle = n_aliases // 2
     on_grid = (index_y // box[0] == middle) & (index_x // columns == middle)
     size = np.abs(amplitude).max(0)
     keep = np.flatnonzero(on_grid | (size > _ALIAS_TOLERANCE * size.max()))
     if keep.size == on_grid.sum():
         return keep, None
-    return keep, ((index_y % box[0]) * columns + index_x % columns)[keep]
+    return keep, ((index_x % columns) * box[0] + index_y % box[0])[keep]
