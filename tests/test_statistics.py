@@ -204,5 +204,8 @@ def test_gaussians():
     error[:, 5] = (error[:, 5] + np.pi / 2) % np.pi - np.pi / 2
     pull = error / result.stds
     for i, name in enumerate(result.param_names):
-        assert 0.9 < robust_width(pull[:, i]) < 1.1, name
-        assert_fraction(np.abs(pull[:, i]) < 1, 0.6827, 0.03)
+        # of a galaxy that is nearly round, the angle is anything within half a turn
+        rows = truth[:, 4] > 3 * result.stds[:, 4] if name == "theta" else slice(None)
+        width = robust_width(pull[rows, i])
+        assert 0.9 < width < 1.1, f"{name} {width:.3f}"
+        assert_fraction(np.abs(pull[rows, i]) < 1, 0.6827, 0.03)
