@@ -761,3 +761,61 @@ def test_other_models_are_refused():
 
     with pytest.raises(TypeError, match="galmorph model"):
         fit_images(image_of("sersic"), Gaussian2D(), uncertainty=0.1)
+
+
+# -- global minima ------------------------------------------------------------------------------
+
+
+def random_params(kind, count, rng):
+    """Galaxies of all sorts, the angle free to be anything."""
+    lead = [
+        np.full(count, 1000.0),
+        24 + rng.uniform(-3, 3, count),
+        22 + rng.uniform(-3, 3, count),
+    ]
+    ellip, theta = lambda: rng.uniform(0, 0.85, count), lambda: rng.uniform(-1.5, 1.5, count)
+    radius = 1.0 * 10 ** rng.random(count)
+    if kind is GaussianGalaxy2D:
+        return np.column_stack([*lead, radius, ellip(), theta()])
+    if kind is SersicGalaxy2D:
+        return np.column_stack([*lead, radius, rng.uniform(0.4, 6, count), ellip(), theta()])
+    if kind is BulgeDiskGalaxy2D:
+        disk = rng.uniform(3, 8, count)
+        bulge = [rng.uniform(0.1, 0.7, count), disk * rng.uniform(0.2, 0.5, count)]
+        shape = [rng.uniform(1, 5, count), 0.5 * ellip(), theta()]
+        return np.column_stack([*lead, *bulge, *shape, disk, ellip(), theta()])
+    return np.column_stack(lead)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        (GaussianGalaxy2D, 150),
+        (SersicGalaxy2D, 200),
+        (PointSource2D, 150),
+        (BulgeDiskGalaxy2D, 50),
+    ],
+)
+@pytest.mark.parametrize("background", ["none", "constant"])
+def test_fit_is_at_least_as_good_as_the_truth(kind, count, background):
+    """Maximum likelihood means that no parameters, the true ones included, are more likely."""
+    rng = np.random.default_rng(21)
+    truth = random_params(kind, count, rng)
+    clean = kind().render(SHAPE, params=truth, psf=STAR)
+    sigma = np.sqrt((clean**2).sum((1, 2))) / (10 * 30 ** rng.random(len(truth)))
+    sigma = np.broadcast_to(sigma[:, None, None], clean.shape)
+    noise = rng.standard_normal(clean.shape)
+    result = fit_images(
+        clean + sigma * noise,
+        kind(),
+        MAPFitter(priors={}),
+        uncertainty=sigma,
+        psf=STAR,
+        background=background,
+    )
+    worse = result.chi2 - (noise**2).sum((1, 2))
+    bad = np.flatnonzero(worse > 1.0)
+    assert len(bad) == 0, [
+        (round(worse[i], 1), truth[i].round(2), result.params[i].round(2), int(result.flags[i]))
+        for i in bad
+    ]

@@ -461,3 +461,12 @@ def test_galaxy_larger_than_its_stamp():
     small = SersicGalaxy2D(1, 7.2, 7.9, 30, 1.5, 0.3, 0.4, psf=psf).render((16, 16))
     large = SersicGalaxy2D(1, 107.2, 107.9, 30, 1.5, 0.3, 0.4, psf=psf).render((216, 216))
     assert np.abs(small - large[100:116, 100:116]).max() < 1e-3 * small.max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", MODELS)
+def test_gpu(name):
+    model = make(name)
+    expected = model.render((30, 33))
+    image = model.render((30, 33), device="cuda")
+    assert np.abs(image - expected).max() < 1e-9 * expected.max()
