@@ -81,8 +81,7 @@ class BatchSetup:
         self.bounds = {n: tuple(model.bounds[n]) for n in self.names}
         native = {n for n in self.names if self.bounds[n] != default[n]}
         native |= set(self.priors) | {n for n in self.names if not self.free[self.names.index(n)]}
-        if self.tied:  # a tie may hang on any parameter: walk in the parameters themselves
-            native |= set(self.names)
+        native |= self._touched_by_ties()
         linear = "flux" not in native
         for name, shift in zip(("x_0", "y_0"), self.origin, strict=True):
             self.bounds[name] = tuple(b if b is None else b - shift for b in self.bounds[name])
@@ -94,6 +93,17 @@ class BatchSetup:
             linear_flux=linear,
             tie=self._tie if self.tied else None,
         )
+
+    def _touched_by_ties(self) -> set[str]:
+        """Tied parameters and those that they hang on, found by changing one after another."""
+        if not self.tied:
+            return set()
+        own = np.array([float(np.ravel(getattr(self.model, n).value)[0]) for n in self.names])
+        rows = np.vstack([own, own + np.diag(0.01 * np.abs(own) + 0.003)])
+        result = self._tie(torch.as_tensor(rows)).numpy()
+        at = [self.names.index(n) for n in self.tied]
+        moved = (np.abs(result[1:, at] - result[0, at]) > 1e-12).any(1)
+        return set(self.tied) | {n for n, m in zip(self.names, moved, strict=True) if m}
 
     def _tie(self, params: torch.Tensor) -> torch.Tensor:
         """Evaluate astropy's ties for all rows at once, on a model set."""
@@ -190,7 +200,7 @@ class _GalaxyProblem:
             g = torch.linalg.norm(eta, dim=1, keepdim=True)
             u = u.clone()
             u[:, block.coordinates[1:]] = eta * (limit / g.clamp_min(limit))
-            radius = u[:, block.coordinates[0]].clamp(np.log(0.02), np.log(8 * max(self.shape)))
+            radius = u[:, block.coordinates[0]].clamp(np.log(0.02), np.log(2 * max(self.shape)))
             u[:, block.coordinates[0]] = radius
         return u
 
@@ -211,7 +221,7 @@ def _coordinate_bounds(
         name = setup.names[block.parameters[0]]
         low, high = _limits(setup.bounds[name])
         if block.kind == "log":  # an index has bounds, a radius may have none
-            low, high = np.log(max(low, 0.02)), np.log(min(high, 8 * max(shape)))
+            low, high = np.log(max(low, 0.02)), np.log(min(high, 4 * max(shape)))
         c = block.coordinates[0]
         lower[:, c], upper[:, c] = low, high
         if guess is not None and name in ("x_0", "y_0"):
@@ -235,6 +245,8 @@ def _start_params(setup: BatchSetup, template: torch.Tensor, guess: Guess) -> to
         i = names.index(name)
         if setup.free[i]:
             low, high = _limits(setup.bounds[name])
+            if name.startswith("theta") and np.isfinite(low):  # the same axis, within its bounds
+                value = low + torch.remainder(value.to(params) - low, torch.pi)
             params[:, i] = value.to(params).clamp(low, high)
 
     put("x_0", guess.x_0)
@@ -380,9 +392,11 @@ def fit_batch(
         start = torch.as_tensor(setup.start, dtype=_WIDE, device=device)
         template = start.clone()
     else:
+        # pixels with a hundredth of the usual weight say nothing about where to start
+        usual = torch.where(weight > 0, weight, torch.nan).flatten(1).nanmedian(1).values
         guess = first_guess(
             values,
-            weight > 0,
+            weight > 0.01 * usual[:, None, None],
             _window_templates(psfs[0] if psfs else None, psf_sigma, shape, values),
             position=torch.as_tensor(position, dtype=dtype, device=device),
             limit=least,
@@ -485,6 +499,10 @@ def _try_other_starts(setup, solve, result, start) -> None:
     """
     lost = ~result.converged | ~torch.isfinite(result.cost)
     doubtful = lost | result.at_bound.any(1)
+    if setup.tied:
+        used = (solve.problem.weight > 0).sum(1)
+        doubtful |= result.chi2 > 1.5 * used
+        lost |= doubtful
     if solve.problem.linear_amplitude:  # of what is hardly there no start is better
         size = setup.coordinates.size
         doubtful &= result.linear[:, 0] * result.hessian[:, size, size].sqrt() > 8
@@ -552,7 +570,7 @@ def _summarise(solve, result, scale) -> BatchResult:
     for e in setup.ellipses:
         if e.r is not None:  # angles in (-pi/2, pi/2]
             i = setup.names.index(e.theta)
-            if setup.free[i]:
+            if setup.free[i] and setup.bounds[e.theta] == (None, None):
                 params[:, i] = wrap_axis(params[:, i])
     if setup.coordinates.tie is not None:
         params = setup.coordinates.tie(params)

@@ -267,6 +267,33 @@ def _derivatives(model: Model, x, y, params) -> list[np.ndarray]:
     return result
 
 
+def _positive_ellip(
+    model: Model, indices: list[int], params: np.ndarray, cov: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where b came out larger than a, exchange the axes and turn the angle.
+
+    photutils joins the models of a group to one that has forgotten their bounds.
+    """
+    names = list(model.param_names)
+    for name in names:
+        suffix = name.removeprefix("ellip")
+        partners = [f"r_eff{suffix}", f"r{suffix}"]
+        radius = next((p for p in partners if p in names), None)
+        if suffix == name or radius is None or f"theta{suffix}" not in names:
+            continue
+        r, e, theta = (names.index(n) for n in (radius, name, f"theta{suffix}"))
+        if params[e] >= 0 or not {r, e, theta} <= set(indices):
+            continue
+        q = 1.0 - params[e]
+        slope = np.eye(len(indices))
+        i, j = indices.index(r), indices.index(e)
+        slope[i, i], slope[i, j], slope[j, j] = q, -params[r], -1.0 / q**2
+        cov = slope @ cov @ slope.T
+        params[r], params[e] = params[r] * q, 1.0 - 1.0 / q
+        params[theta] = np.remainder(params[theta], np.pi) - np.pi / 2
+    return params, cov
+
+
 @one_thread()
 @torch.no_grad()
 def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeResult:
@@ -287,8 +314,11 @@ def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeR
         name = model.param_names[i]
         if name.startswith("theta") and not model.has_tied and model.bounds[name] == (None, None):
             params[i] = np.remainder(params[i] + np.pi / 2, np.pi) - np.pi / 2
-    model.parameters = params
     cov = np.linalg.pinv(found.hessian[0].numpy())
+    if not model.has_tied:
+        params, cov = _positive_ellip(model, problem.indices, params, cov)
+        free = params[problem.indices]
+    model.parameters = params
     if not weighted:
         cov = cov * float(found.chi2[0]) / max(int((weights > 0).sum()) - free.size, 1)
     status, message = _status(bool(found.converged[0]), bool(found.at_bound.any()))

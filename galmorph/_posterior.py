@@ -75,6 +75,7 @@ def posterior_covariance(
     bad : bool tensor, shape (B,)
         Where that is so.
     """
+    setup = solve.setup
     every = torch.arange(len(params), device=params.device)
     inverse, _, bad = _invert(result.hessian)
     offset, weight, _ = _carry_over(solve, result, inverse, params, scale, every)
@@ -82,7 +83,11 @@ def posterior_covariance(
     index = _index_coordinate(solve)
     if index is not None:
         width = torch.nan_to_num(inverse[:, index, index]).clamp_min(0).sqrt()
-        rows = torch.nonzero((width > _WIDE_INDEX) & ~bad & result.converged)[:, 0]
+        broad = (width > _WIDE_INDEX) & ~bad & result.converged
+        if solve.problem.linear_amplitude:  # where there is a galaxy at all
+            size = setup.coordinates.size
+            broad &= result.linear[:, 0] > 3 * inverse[:, size, size].sqrt()
+        rows = torch.nonzero(broad)[:, 0]
         if rows.numel():
             cov[rows] = _summed_over_index(
                 solve, result, params, scale, rows, index, width.clamp_max(0.7)

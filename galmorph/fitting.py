@@ -36,7 +36,7 @@ class StampFits:
     params : array, shape (B, P)
         NaN where nothing could be fitted.
     cov : array, shape (B, P, P)
-        Covariance, the background and all else marginalised; zero for what was held.
+        Covariance, the background and all else marginalised; zero for what was fixed.
     background, background_cov : array, shape (B, nb), (B, nb, nb)
         Constant, and slopes in x and y about the middle of the stamp.
     chi2, dof, n_iter, flags : array, shape (B,)
@@ -121,6 +121,8 @@ class MAPFitter(Fitter):
             raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
         if max_iter < 1 or batch_size < 1:
             raise ValueError("max_iter and batch_size must be at least 1")
+        if max_shift is not None and not max_shift > 0:
+            raise ValueError(f"max_shift must be positive, not {max_shift!r}")
         for name, prior in (priors or {}).items():
             if not hasattr(prior, "residual"):
                 raise TypeError(
@@ -338,8 +340,8 @@ def _add_flags(fits: StampFits, rows: np.ndarray, result: Any, batch: StampBatch
         dof = fits.dof[rows]
         reduced = result.chi2 / dof
         excess = (result.chi2 - dof) / np.sqrt(2 * dof)
-    free_flux = result.cov[:, 0, 0] > 0
-    mark(np.where(free_flux, ~(snr >= 5), ~(result.params[:, 0] > 0)), FitFlag.LOW_SNR)
+    held = result.cov[:, 0, 0] == 0
+    mark(np.where(held, ~(result.params[:, 0] > 0), ~(snr >= 5)), FitFlag.LOW_SNR)
     mark((reduced > 2) | (excess > 10), FitFlag.POOR_FIT)
     yy, xx = np.mgrid[:ny, :nx]
     near = np.hypot(xx - x[:, None, None], yy - y[:, None, None]) <= 1.5

@@ -547,8 +547,8 @@ def test_real_results(rng):
     images[1] = np.nan
     images[2, :6, :6] = np.nan
     results = {
-        "Gaussian": fit_images(images, GaussianGalaxy2D(), uncertainty=1.0),
-        "Sérsic": fit_images(images, SersicGalaxy2D(), uncertainty=1.0),
+        "Gaussian": fit_images(images, GaussianGalaxy2D(), uncertainty=1.0, background="constant"),
+        "Sérsic": fit_images(images, SersicGalaxy2D(), uncertainty=1.0, background="constant"),
     }
     for i in range(3):
         axes = plot.fit(results["Sérsic"], i)
