@@ -138,7 +138,9 @@ class _GalaxyProblem:
         self.data, self.weight, self.templates = data, weight, templates
         self.template_params, self.scale = template_params, scale
         self.linear_amplitude = setup.coordinates.linear_flux
-        self.psf_row = torch.arange(len(data), device=data.device)
+        # galaxies that need a wider box, and where each one's PSF is in that renderer
+        self.wide_renderer: FourierRenderer | None = None
+        self.wide_row = torch.full((len(data),), -1, device=data.device)
 
     def params(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return self.setup.coordinates.to_params(u, self.template_params[rows])
@@ -150,12 +152,7 @@ class _GalaxyProblem:
             columns = self._pixel_columns(params)
             chain = coordinates.params_jacobian(u, params)[:, 1:]
         else:
-            dtype = self.data.dtype
-            drawn = components(setup.ellipses, setup.names, params.to(dtype))
-            raw = self.renderer.rows(self.psf_row[rows])(
-                drawn, params[:, 1].to(dtype), params[:, 2].to(dtype), derivatives=True
-            )
-            columns = raw.columns.flatten(2)
+            columns = self._draw(params.to(self.data.dtype), rows)
             chain = coordinates.chain(u, params)
         result = Linearisation(columns=columns, chain=chain)
         if not self.linear_amplitude:
@@ -165,6 +162,26 @@ class _GalaxyProblem:
         if setup.priors:
             result.penalty, result.penalty_chain = self._penalties(u, params)
         return result
+
+    def _draw(self, params: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Images and raw derivatives (b, 1 + R, npix), each in the box that it needs."""
+
+        def draw(renderer: FourierRenderer, these: torch.Tensor, psfs: torch.Tensor):
+            own = params[these]
+            drawn = components(self.setup.ellipses, self.setup.names, own)
+            raw = renderer.rows(psfs)(drawn, own[:, 1], own[:, 2], derivatives=True)
+            return raw.columns.flatten(2)
+
+        wide = self.wide_row[rows] >= 0
+        if not wide.any():
+            return draw(self.renderer, slice(None), rows)
+        if wide.all():
+            return draw(self.wide_renderer, slice(None), self.wide_row[rows])
+        narrow = draw(self.renderer, ~wide, rows[~wide])
+        columns = narrow.new_empty((len(rows), *narrow.shape[1:]))
+        columns[~wide] = narrow
+        columns[wide] = draw(self.wide_renderer, wide, self.wide_row[rows[wide]])
+        return columns
 
     def _pixel_columns(self, params: torch.Tensor) -> torch.Tensor:
         ny, nx = self.shape
@@ -554,8 +571,8 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
     if not rows.numel():
         return
     own = psfs if len(psfs) == 1 else [psfs[i] for i in rows.tolist()]
-    problem.renderer = _renderer(own, shape, start, shift, setup, reach=0.9)
-    problem.psf_row[rows] = torch.arange(len(rows), device=rows.device)
+    problem.wide_renderer = _renderer(own, shape, start, shift, setup, reach=0.9)
+    problem.wide_row[rows] = torch.arange(len(rows), device=rows.device)
     _take_better(result, solve(params, rows), rows, -torch.inf)
 
 

@@ -470,3 +470,64 @@ def test_gpu(name):
     expected = model.render((30, 33))
     image = model.render((30, 33), device="cuda")
     assert np.abs(image - expected).max() < 1e-9 * expected.max()
+
+
+# -- the ends of the range ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0.3, 0.5, 2.0, 8.0])
+@pytest.mark.parametrize(("r_eff", "ellip"), [(1.0, 0.3), (6.0, 0.8), (4.0, 0.0)])
+def test_convolution_by_brute_force(n, r_eff, ellip):
+    """Pixel-integrated light on a fine grid, convolved with the samples of a Gaussian PSF."""
+    from scipy.signal import fftconvolve
+
+    fine, half, sigma = 5, 12, 1.4
+    size = 2 * half + 1
+    # cells of a fifth of a pixel, out to where the PSF brings no more light in
+    reach = (half + 10) * fine + fine // 2
+    cells = 2 * reach + 1
+    centre = 0.3, -0.2
+    light = SersicGalaxy2D(
+        1, reach + centre[0] * fine, reach + centre[1] * fine, r_eff * fine, n, ellip, 0.6
+    ).render((cells, cells))
+    at = np.arange(-50, 51) / fine
+    kernel = np.exp(-0.5 * (at[:, None] ** 2 + at**2) / sigma**2)
+    kernel /= 2 * np.pi * sigma**2
+    blurred = fftconvolve(light, kernel, mode="same")
+    middle = reach + fine * np.arange(-half, half + 1)
+    expected = blurred[np.ix_(middle, middle)]
+    # the cells widen the light by their own variance
+    psf = gaussian_psf(np.sqrt(sigma**2 + 1 / (12 * fine**2)), 4 * 61 + 1, oversampling=4)
+    model = SersicGalaxy2D(1, half + centre[0], half + centre[1], r_eff, n, ellip, 0.6, psf=psf)
+    image = model.render((size, size))
+    assert np.abs(image - expected).max() < 1e-3 * expected.max()
+
+
+@pytest.mark.parametrize("psf", [True, False], ids=["PSF", "no PSF"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r_eff": 1e-6},
+        {"r_eff": 0.0},
+        {"r_eff": 1e4},
+        {"n": 0.1},
+        {"n": 30.0},
+        {"ellip": 1.0},
+        {"ellip": 0.9999},
+        {"flux": 0.0},
+        {"flux": -1e30},
+        {"x_0": -3e3},
+        {"x_0": 1e6, "y_0": -1e6},
+        {"theta": 1e6},
+    ],
+    ids=str,
+)
+def test_extreme_parameters_give_numbers(psf, changes):
+    """A fitter may ask for anything: the answer is finite, and its derivatives are too."""
+    model = make("sersic", psf, **changes)
+    image = model.render((20, 22))
+    assert np.isfinite(image).all()
+    assert np.abs(image.sum()) <= 1.01 * abs(model.flux.value)
+    y, x = np.mgrid[:20, :22]
+    for slope in model.fit_deriv(x, y, *model.parameters):
+        assert np.isfinite(slope).all()
