@@ -206,7 +206,7 @@ class _GalaxyProblem:
             slopes.append(torch.as_tensor(slope).to(params)[:, None] * jacobian[:, i])
         return torch.stack(values, 1), torch.stack(slopes, 1)
 
-    def project(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def project(self, u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         """Keep ellipses that are walked in eta within the largest ellipticity."""
         for block in self.setup.coordinates.blocks:
             if block.kind != "ellipse":
@@ -470,22 +470,28 @@ class Solver:
 
     def __call__(self, start: torch.Tensor, rows: torch.Tensor | None = None) -> LeastSquaresResult:
         """Fit from parameters ``start`` (B, P)."""
-        return self.walk(
-            self.setup.coordinates.from_params(start), self.lower, self.upper, rows=rows
+        return self._walk(
+            self.problem,
+            self.setup.coordinates.from_params(start),
+            self.lower,
+            self.upper,
+            rows=rows,
         )
 
-    def walk(
+    def walk_copies(
         self,
+        rows: torch.Tensor,
         u: torch.Tensor,
         lower: torch.Tensor,
         upper: torch.Tensor,
-        *,
-        rows: torch.Tensor | None = None,
-        tolerance: float = 1e-3,
+        tolerance: float,
     ) -> LeastSquaresResult:
-        """Fit from coordinates ``u`` (B, U) within bounds."""
+        """Fit galaxies ``rows`` (b,), some of them several times, from ``u`` (b, U)."""
+        return self._walk(_Copies(self.problem, rows), u, lower, upper, tolerance=tolerance)
+
+    def _walk(self, problem, u, lower, upper, *, rows=None, tolerance=1e-3):
         return levenberg_marquardt(
-            self.problem,
+            problem,
             u,
             lower=lower,
             upper=upper,
@@ -495,6 +501,22 @@ class Solver:
             window=self.setup.window,
             rows=rows,
         )
+
+
+class _Copies:
+    """Some galaxies of a problem, perhaps more than once each."""
+
+    def __init__(self, problem: _GalaxyProblem, source: torch.Tensor) -> None:
+        self.problem, self.source = problem, source
+        self.data, self.weight = problem.data[source], problem.weight[source]
+        self.templates = problem.templates
+        self.linear_amplitude = problem.linear_amplitude
+
+    def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
+        return self.problem.linearise(u, self.source[rows])
+
+    def project(self, u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        return self.problem.project(u, rows)
 
 
 def _take_better(result: LeastSquaresResult, other: LeastSquaresResult, rows, margin) -> None:

@@ -14,6 +14,7 @@ about the fitted values that hold 68.27 %; correlations are from the second mome
 from __future__ import annotations
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -76,9 +77,10 @@ def posterior_covariance(
         Where that is so.
     """
     setup = solve.setup
-    every = torch.arange(len(params), device=params.device)
     inverse, _, bad = _invert(result.hessian)
-    offset, weight, _ = _carry_over(solve, result, inverse, params, scale, every)
+    offset, weight, _ = _carry_over(
+        solve, result, inverse, (params, scale, solve.lower, solve.upper)
+    )
     cov = (offset * weight[..., None]).transpose(1, 2) @ offset
     index = _index_coordinate(solve)
     if index is not None:
@@ -110,20 +112,34 @@ def _index_coordinate(solve: Solver) -> int | None:
 
 def _summed_over_index(solve, result, params, scale, rows, index, width) -> torch.Tensor:
     """Moments as a sum over nodes in ln n; each node has its own best fit of all else."""
-    best = result.u
-    response = _response(result.hessian, index)
-    parts = [_node(solve, result, params, scale, rows, index, result, width)]
-    for step in _NODES:
-        at = best[:, index] + step * width
-        inside = (at > solve.lower[:, index]) & (at < solve.upper[:, index])
-        at = torch.minimum(torch.maximum(at, solve.lower[:, index]), solve.upper[:, index])
-        lower, upper = solve.lower.clone(), solve.upper.clone()
-        lower[:, index] = upper[:, index] = at
-        start = best + response[:, : best.shape[1]] * (at - best[:, index])[:, None]
-        start = torch.minimum(torch.maximum(start, lower), upper)
-        node = solve.walk(start, lower, upper, rows=rows, tolerance=0.1)
-        offset, weight, log_mass = _node(solve, node, params, scale, rows, index, result, width)
-        parts.append((offset, weight, torch.where(inside[rows], log_mass, -torch.inf)))
+    size, count = result.u.shape[1], len(_NODES)
+    best, width, response = result.u[rows], width[rows], _response(result.hessian[rows], index)
+    lower, upper = solve.lower[rows], solve.upper[rows]
+    # all nodes of all galaxies are one batch
+    step = width * torch.tensor(_NODES, dtype=_WIDE, device=rows.device)[:, None]  # (K, b)
+    at = best[:, index] + step
+    inside = (at > lower[:, index]) & (at < upper[:, index])
+    at = torch.minimum(torch.maximum(at, lower[:, index]), upper[:, index])
+    start = best + response[:, :size] * (at - best[:, index])[..., None]
+    low, high = (bound.repeat(count, 1, 1) for bound in (lower, upper))
+    low[..., index] = high[..., index] = at
+    found = solve.walk_copies(
+        rows.repeat(count), start.flatten(0, 1), low.flatten(0, 1), high.flatten(0, 1), 0.1
+    )
+    names = ("u", "linear", "cost", "hessian")
+    middle = SimpleNamespace(**{name: getattr(result, name)[rows] for name in names})
+    nodes = [middle] + [
+        SimpleNamespace(
+            **{n: getattr(found, n)[k * len(rows) : (k + 1) * len(rows)] for n in names}
+        )
+        for k in range(count)
+    ]
+    own = (params[rows], scale[rows], lower, upper)
+    parts = [_node(solve, node, own, index, middle.cost, width) for node in nodes]
+    parts[1:] = [
+        (offset, weight, torch.where(ok, log_mass, -torch.inf))
+        for (offset, weight, log_mass), ok in zip(parts[1:], inside, strict=True)
+    ]
     mass = torch.softmax(
         torch.nan_to_num(torch.stack([m for _, _, m in parts], 1), nan=-torch.inf), 1
     )
@@ -157,39 +173,40 @@ def _response(hessian: torch.Tensor, index: int) -> torch.Tensor:
     return full
 
 
-def _node(solve, node, params, scale, rows, index, best, width):
+def _node(solve, node, own, index, best_cost, width):
     """As `_carry_over` with the index held, with the logarithm of the posterior mass there."""
-    hessian = node.hessian[rows].clone()
+    hessian = node.hessian.clone()
     hessian[:, index], hessian[:, :, index] = 0.0, 0.0
     hessian[:, index, index] = 1.0
     inverse, log_det, bad = _invert(hessian)
     inverse[:, index, index] = 0.0
     # between the nodes the rest follows as the curvature says
-    points = _normal_points(hessian.shape[1]).to(params.device)[:, index]
+    points = _normal_points(hessian.shape[1]).to(hessian.device)[:, index]
     between = (torch.special.ndtr(points) - 0.5) * _SPACING
-    shift = width[rows, None, None] * between[None, :, None]
-    shift = shift * _response(node.hessian, index)[rows][:, None]
-    offset, weight, mass = _carry_over(solve, node, inverse, params, scale, rows, shift)
-    log_mass = 0.5 * (best.cost[rows] - node.cost[rows] - log_det) + torch.log(mass)
+    shift = width[:, None, None] * between[None, :, None]
+    shift = shift * _response(node.hessian, index)[:, None]
+    offset, weight, mass = _carry_over(solve, node, inverse, own, shift)
+    log_mass = 0.5 * (best_cost - node.cost - log_det) + torch.log(mass)
     return offset, weight, torch.where(bad, -torch.inf, log_mass)
 
 
-def _carry_over(solve, node, inverse, params, scale, rows, shift=0.0):
+def _carry_over(solve, node, inverse, own, shift=0.0):
     """Carry a normal distribution in the coordinates over to parameters and background.
 
-    Returns their offsets from ``params`` (b, S, P + nb), the weight of each point (b, S),
-    of sum 1, and the mean weight by the prior of the ellipse (b,).
+    ``own`` are parameters, scale and bounds of the same galaxies.  Returns the offsets of
+    the points from these parameters (b, S, P + nb), the weight of each point (b, S), of
+    sum 1, and the mean weight by the prior of the ellipse (b,).
     """
     setup, problem = solve.setup, solve.problem
+    params, scale, lower, upper = own
     size, solved = setup.coordinates.size, int(problem.linear_amplitude)
-    lower, upper, params = solve.lower[rows], solve.upper[rows], params[rows]
     z = _normal_points(inverse.shape[1]).to(params.device)
     delta = z @ _root(inverse).transpose(1, 2) + shift  # (b, S, K)
-    u = node.u[rows][:, None] + delta[..., :size]
+    u = node.u[:, None] + delta[..., :size]
     weight = ((u >= lower[:, None]) & (u <= upper[:, None])).all(2).to(_WIDE)
     u = torch.minimum(torch.maximum(u, lower[:, None]), upper[:, None])
     points = z.shape[0]
-    flat = problem.project(u.reshape(-1, size), rows)
+    flat = problem.project(u.reshape(-1, size), None)
     u = flat.reshape(u.shape)
     for block in setup.coordinates.blocks:
         if block.kind == "ellipse":
@@ -201,13 +218,13 @@ def _carry_over(solve, node, inverse, params, scale, rows, shift=0.0):
     values = setup.coordinates.to_params(flat, template)
     offset = values.reshape(len(params), points, -1) - params[:, None]
     if solved:
-        flux = (node.linear[rows, 0, None] + delta[..., size]) * scale[rows, None]
+        flux = (node.linear[:, 0, None] + delta[..., size]) * scale[:, None]
         offset[..., 0] = flux - params[:, 0, None]
     for e in setup.ellipses:
         if e.r is not None:
             i = setup.names.index(e.theta)
             offset[..., i] = wrap_axis(offset[..., i])
-    background = delta[..., size + solved :] * scale[rows, None, None]
+    background = delta[..., size + solved :] * scale[:, None, None]
     offset = torch.cat([offset, background], 2)
     mass = weight.mean(1)
     usable = torch.isfinite(mass) & (mass > 0)
