@@ -98,20 +98,40 @@ def evaluate_grid(
         if not derivatives:
             return result.reshape(-1, *shape)
         return tuple(r.reshape(*r.shape[:-1], *shape) for r in result)
-    good = np.isfinite(params).all(1)
     images = np.full((len(params), *shape), np.nan)
     slopes = np.full((len(params), params.shape[1], *shape), np.nan) if derivatives else None
-    step = max(1, int(4e6 / (shape[0] * shape[1] * (params.shape[1] if derivatives else 2))))
-    rows = np.flatnonzero(good)
-    for start in range(0, rows.size, step):
-        now = rows[start : start + step]
-        own = psf if isinstance(psf, PSF) else [psf[i] for i in now]
-        tensor = torch.as_tensor(params[now], dtype=getattr(torch, dtype), device=device)
-        image, slope = _render(ellipses, names, tensor, shape, own, derivatives)
-        images[now] = image.cpu().numpy()
+    far = _is_far(params, shape)
+    for rows in _batches(np.flatnonzero(far), 64):  # the PSF does not matter there
+        y, x = np.mgrid[: shape[0], : shape[1]]
+        result = pixel_images(
+            ellipses, names, params[rows], x.ravel(), y.ravel(), derivatives, skip_points=True
+        )
+        image, slope = result if derivatives else (result, None)
+        images[rows] = image.reshape(-1, *shape)
         if derivatives:
-            slopes[now] = slope.cpu().numpy()
+            slopes[rows] = slope.reshape(*slope.shape[:-1], *shape)
+    size = int(4e6 / (shape[0] * shape[1] * (params.shape[1] if derivatives else 2)))
+    for rows in _batches(np.flatnonzero(np.isfinite(params).all(1) & ~far), size):
+        own = psf if isinstance(psf, PSF) else [psf[i] for i in rows]
+        tensor = torch.as_tensor(params[rows], dtype=getattr(torch, dtype), device=device)
+        image, slope = _render(ellipses, names, tensor, shape, own, derivatives)
+        images[rows] = image.cpu().numpy()
+        if derivatives:
+            slopes[rows] = slope.cpu().numpy()
     return (images, slopes) if derivatives else images
+
+
+def _is_far(params: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Which centres are so far from the stamp that the light there is smooth, (B,)."""
+    half = 0.5 * (np.array(shape[::-1]) - 1)
+    with np.errstate(invalid="ignore"):
+        gap = (np.abs(params[:, 1:3] - half) - half).max(1)
+        return np.isfinite(params).all(1) & (gap > _FAR)
+
+
+def _batches(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    size = max(1, size)
+    return [rows[i : i + size] for i in range(0, rows.size, size)]
 
 
 def evaluate_points(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from galmorph.rendering.fourier import Component
+from galmorph.rendering.sersic import N_RANGE
 
 __all__ = ["Coordinates", "Ellipse", "components", "raw_jacobian"]
 
@@ -94,7 +95,8 @@ def components(
             continue
         ellip = column[e.ellip].clamp_max(MAX_ELLIP)  # negative: b is larger than a
         shape = _shape_of(column[e.r].clamp_min(1e-3), ellip, column[e.theta])
-        drawn.append(Component(shape, column[e.n] if isinstance(e.n, str) else e.n, weight))
+        n = column[e.n].clamp(*N_RANGE) if isinstance(e.n, str) else e.n
+        drawn.append(Component(shape, n, weight))
     return drawn
 
 
