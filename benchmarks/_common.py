@@ -54,7 +54,7 @@ def header(title: str) -> str:
         title,
         "=" * len(title),
         f"date      {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}",
-        f"command   python {Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".rstrip(),
+        f"command   python {Path(sys.argv[0]).name} {shlex.join(_without_folder(a) for a in sys.argv[1:])}".rstrip(),
         f"commit    {_commit()}",
         f"machine   {_cpu()}, {os.cpu_count()} cores visible, {platform.system()}, "
         f"Python {platform.python_version()}",
@@ -62,6 +62,11 @@ def header(title: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _without_folder(argument: str) -> str:
+    """An argument without the folders of this machine."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 class Report:
