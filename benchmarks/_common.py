@@ -50,11 +50,12 @@ def version(package: str) -> str:
 
 def header(title: str) -> str:
     """Title, date, command, machine and versions, as the first lines of a result."""
+    arguments = shlex.join(_without_folder(a) for a in sys.argv[1:])
     lines = [
         title,
         "=" * len(title),
         f"date      {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime())}",
-        f"command   python {Path(sys.argv[0]).name} {shlex.join(_without_folder(a) for a in sys.argv[1:])}".rstrip(),
+        f"command   python {Path(sys.argv[0]).name} {arguments}".rstrip(),
         f"commit    {_commit()}",
         f"machine   {_cpu()}, {os.cpu_count()} cores visible, {platform.system()}, "
         f"Python {platform.python_version()}",
