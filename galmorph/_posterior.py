@@ -30,7 +30,7 @@ _WIDE = torch.float64
 # points that stand for a normal distribution
 _POINTS = 256
 # width in ln n beyond which the index is summed over, and where, in such widths
-_WIDE_INDEX = 0.3
+_WIDE_INDEX = 0.12
 _SPACING = 1.5
 _NODES = tuple(_SPACING * i for i in (-2, -1, 1, 2, 3))
 
