@@ -32,7 +32,9 @@ _POINTS = 256
 # width in ln n beyond which the index is summed over, and where, in such widths
 _WIDE_INDEX = 0.12
 _SPACING = 1.5
-_NODES = tuple(_SPACING * i for i in (-2, -1, 1, 2, 3))
+_NODES = tuple(_SPACING * i for i in (-1, 1, 2))
+# promised decrease of chi-square at which the fit at a node ends (that step is still taken)
+_TOLERANCE = 0.5
 
 
 def wrap_axis(angle: torch.Tensor) -> torch.Tensor:
@@ -124,7 +126,7 @@ def _summed_over_index(solve, result, params, scale, rows, index, width) -> torc
     low, high = (bound.repeat(count, 1, 1) for bound in (lower, upper))
     low[..., index] = high[..., index] = at
     found = solve.walk_copies(
-        rows.repeat(count), start.flatten(0, 1), low.flatten(0, 1), high.flatten(0, 1), 0.1
+        rows.repeat(count), start.flatten(0, 1), low.flatten(0, 1), high.flatten(0, 1), _TOLERANCE
     )
     names = ("u", "linear", "cost", "hessian")
     middle = SimpleNamespace(**{name: getattr(result, name)[rows] for name in names})
