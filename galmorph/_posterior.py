@@ -28,13 +28,13 @@ __all__ = ["posterior_covariance", "wrap_axis"]
 
 _WIDE = torch.float64
 # points that stand for a normal distribution
-_POINTS = 256
+_POINTS = 128
 # width in ln n beyond which the index is summed over, and where, in such widths
 _WIDE_INDEX = 0.12
 _SPACING = 1.5
 _NODES = tuple(_SPACING * i for i in (-1, 1, 2))
 # promised decrease of chi-square at which the fit at a node ends (that step is still taken)
-_TOLERANCE = 0.5
+_TOLERANCE = 0.1
 
 
 def wrap_axis(angle: torch.Tensor) -> torch.Tensor:
