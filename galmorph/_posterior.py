@@ -27,8 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["posterior_covariance", "wrap_axis"]
 
 _WIDE = torch.float64
-# points that stand for a normal distribution
-_POINTS = 128
+# points that stand for a normal distribution; at each node of a sum half as many do
+_POINTS = 256
+# of which so many must be within the bounds
+_LEAST = 8
+_NOTHING = 1e-300
 # width in ln n beyond which the index is summed over, and where, in such widths
 _WIDE_INDEX = 0.12
 _SPACING = 1.5
@@ -43,12 +46,12 @@ def wrap_axis(angle: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def _normal_points(size: int) -> torch.Tensor:
+def _normal_points(size: int, count: int = _POINTS) -> torch.Tensor:
     """Points (S, size) that stand for a normal distribution: fixed, even, with its moments."""
     from scipy.special import ndtri
     from scipy.stats import qmc
 
-    points = qmc.Sobol(size, scramble=True, rng=20261121).random(_POINTS // 2)
+    points = qmc.Sobol(size, scramble=True, rng=20261121).random(count // 2)
     half = ndtri(np.clip(points, 1e-6, 1 - 1e-6))
     z = np.concatenate([half, -half])
     root = np.linalg.cholesky(np.linalg.inv(z.T @ z / len(z)))
@@ -80,9 +83,10 @@ def posterior_covariance(
     """
     setup = solve.setup
     inverse, _, bad = _invert(result.hessian)
-    offset, weight, _ = _carry_over(
-        solve, result, inverse, (params, scale, solve.lower, solve.upper)
-    )
+    z = _normal_points(inverse.shape[1]).to(inverse.device)
+    own = (params, scale, solve.lower, solve.upper)
+    offset, weight, mass = _carry_over(solve, result, inverse, own, z)
+    bad |= ((weight > 0).sum(1) < _LEAST) | (mass <= _NOTHING)
     cov = (offset * weight[..., None]).transpose(1, 2) @ offset
     index = _index_coordinate(solve)
     if index is not None:
@@ -183,26 +187,26 @@ def _node(solve, node, own, index, best_cost, width):
     inverse, log_det, bad = _invert(hessian)
     inverse[:, index, index] = 0.0
     # between the nodes the rest follows as the curvature says
-    points = _normal_points(hessian.shape[1]).to(hessian.device)[:, index]
-    between = (torch.special.ndtr(points) - 0.5) * _SPACING
+    z = _normal_points(hessian.shape[1], _POINTS // 2).to(hessian.device)
+    between = (torch.special.ndtr(z[:, index]) - 0.5) * _SPACING
     shift = width[:, None, None] * between[None, :, None]
     shift = shift * _response(node.hessian, index)[:, None]
-    offset, weight, mass = _carry_over(solve, node, inverse, own, shift)
+    offset, weight, mass = _carry_over(solve, node, inverse, own, z, shift)
     log_mass = 0.5 * (best_cost - node.cost - log_det) + torch.log(mass)
     return offset, weight, torch.where(bad, -torch.inf, log_mass)
 
 
-def _carry_over(solve, node, inverse, own, shift=0.0):
+def _carry_over(solve, node, inverse, own, z, shift=0.0):
     """Carry a normal distribution in the coordinates over to parameters and background.
 
-    ``own`` are parameters, scale and bounds of the same galaxies.  Returns the offsets of
-    the points from these parameters (b, S, P + nb), the weight of each point (b, S), of
-    sum 1, and the mean weight by the prior of the ellipse (b,).
+    ``z`` (S, K) are the points that stand for it, ``own`` are parameters, scale and bounds
+    of the same galaxies.  Returns the offsets of the points from these parameters
+    (b, S, P + nb), the weight of each point (b, S), of sum 1, and the mean weight by the
+    prior of the ellipse (b,).
     """
     setup, problem = solve.setup, solve.problem
     params, scale, lower, upper = own
     size, solved = setup.coordinates.size, int(problem.linear_amplitude)
-    z = _normal_points(inverse.shape[1]).to(params.device)
     delta = z @ _root(inverse).transpose(1, 2) + shift  # (b, S, K)
     u = node.u[:, None] + delta[..., :size]
     weight = ((u >= lower[:, None]) & (u <= upper[:, None])).all(2).to(_WIDE)
@@ -231,7 +235,7 @@ def _carry_over(solve, node, inverse, own, shift=0.0):
     mass = weight.mean(1)
     usable = torch.isfinite(mass) & (mass > 0)
     weight = torch.where(usable[:, None], weight / mass[:, None], 1.0) / points
-    return offset, weight, torch.where(usable, mass, 1e-300)
+    return offset, weight, torch.where(usable, mass, _NOTHING)
 
 
 def _root(inverse: torch.Tensor) -> torch.Tensor:
