@@ -1,0 +1,224 @@
+"""Training of the learned galaxy: real stamps, each through its own PSF, noise and mask.
+
+The forward model is that of `galmorph.rendering.learned`, drawn for speed: what the profile
+misses is interpolated linearly between twice as many nodes, and repetitions of the wings
+beyond the box are left in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from galmorph.nets.canonical import CanonicalDecoder
+from galmorph.nets.stamp_encoder import StampEncoder
+from galmorph.rendering.fourier import FourierRenderer
+from galmorph.rendering.learned import (
+    GRID,
+    REACH,
+    Geometry,
+    _basis,
+    _light,
+    _stretch,
+    canonical_points,
+)
+from galmorph.rendering.transfer import Transfer
+
+__all__ = ["CanonicalVAE", "Losses", "gaussian_transfer", "place"]
+
+
+def gaussian_transfer(fwhm: torch.Tensor, box: tuple[int, int]) -> Transfer:
+    """Transfer of round Gaussian PSFs, one a galaxy, ``fwhm`` (B,) in pixels."""
+    kx = 2 * np.pi * torch.fft.rfftfreq(box[1], device=fwhm.device)
+    ky = 2 * np.pi * torch.fft.fftfreq(box[0], device=fwhm.device)
+    kx, ky = torch.meshgrid(kx, ky, indexing="ij")
+    kx, ky = kx.reshape(-1).to(fwhm), ky.reshape(-1).to(fwhm)
+    rate = fwhm.square() / (16.0 * np.log(2.0))
+    amplitude = torch.exp(-rate[:, None] * (kx * kx + ky * ky))
+    return Transfer(torch.complex(amplitude, torch.zeros_like(amplitude)), kx, ky, None, box)
+
+
+def _dense_matrix() -> torch.Tensor:
+    """Values of a B-spline at its nodes and half way between, from its coefficients."""
+    at = torch.arange(2 * GRID - 1, dtype=torch.float64) / 2
+    first = at.floor().clamp_max(GRID - 2)
+    weights, _ = _basis(at - first)
+    matrix = torch.zeros(2 * GRID - 1, GRID + 2, dtype=torch.float64)
+    for tap in range(4):
+        matrix.scatter_add_(1, (first.long() + tap)[:, None], weights[:, tap, None])
+    return matrix[:, 1:-1].float()  # coefficients outside are zero
+
+
+class _FastRenderer(nn.Module):
+    """Images of batches of stamps of one shape."""
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+        self.register_buffer("dense", _dense_matrix(), persistent=False)
+        y, x = torch.meshgrid(
+            torch.arange(shape[0], dtype=torch.float32),
+            torch.arange(shape[1], dtype=torch.float32),
+            indexing="ij",
+        )
+        self.register_buffer("x", x.reshape(-1), persistent=False)
+        self.register_buffer("y", y.reshape(-1), persistent=False)
+
+    def forward(
+        self, geometry: Geometry, coefficients: torch.Tensor, fwhm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, ny, nx) and elliptical radii of the pixels (B, ny * nx)."""
+        transfer = gaussian_transfer(fwhm, self.shape)
+        points = geometry.to_canonical(self.x, self.y)
+        light, _, _ = _light(geometry, points)
+        u2 = points.square().sum(-1)
+        h, _ = _stretch(u2)
+        values = self.dense @ coefficients @ self.dense.T
+        place = (points * h[..., None] * (2.0 / (GRID - 1)))[:, None]
+        rest = torch.nn.functional.grid_sample(
+            values[:, None], place, align_corners=True, padding_mode="zeros"
+        )[:, 0, 0]
+        misses = light * torch.expm1(rest)
+        sersic = FourierRenderer(self.shape, transfer)
+        ly, lx = self.shape
+        grid = misses.reshape(-1, ly, lx)
+        half = torch.fft.rfft(grid, dim=-1)
+        spectrum = torch.fft.fft(half.transpose(-1, -2), dim=-1).flatten(1)
+        own = sersic._spectra(geometry.component(), False)[0]
+        phases = sersic._phases(geometry.x_0, geometry.y_0)
+        total = ((own * phases + spectrum) * transfer.amplitude).reshape(-1, lx // 2 + 1, ly)
+        rows = torch.fft.ifft(total, dim=-1).transpose(-1, -2)
+        return torch.fft.irfft(rows, n=lx, dim=-1), torch.sqrt(u2)
+
+
+def place(
+    image: torch.Tensor, weight: torch.Tensor, geometry: Geometry, flux: torch.Tensor
+) -> torch.Tensor:
+    """What the encoder sees: stamps (B, ny, nx) on the canonical grid, (B, 3, GRID, GRID)."""
+    ny, nx = image.shape[1:]
+    points = canonical_points(dtype=image.dtype, device=image.device)
+    x, y = geometry.from_canonical(points)
+    at = torch.stack([2 * x / (nx - 1) - 1, 2 * y / (ny - 1) - 1], -1)[:, None]
+    known = (weight > 0).to(image.dtype)
+    stack = torch.stack([image * known, weight * image * known, known], 1)
+    seen = torch.nn.functional.grid_sample(stack, at, align_corners=True)
+    seen = seen.unflatten(3, (GRID, GRID))[:, :, 0]
+    area = (geometry.r**2 * geometry.q / flux)[:, None, None]
+    return torch.stack(
+        [torch.asinh(20 * seen[:, 0] * area), torch.asinh(seen[:, 1] / 3), seen[:, 2]], 1
+    )
+
+
+@dataclass
+class Losses:
+    """Of a batch: (B,) each."""
+
+    log_likelihood: torch.Tensor
+    kl: torch.Tensor
+    chi2: torch.Tensor
+    shift: torch.Tensor
+
+
+class CanonicalVAE(nn.Module):
+    """Encoder and decoder of the learned galaxy, with the forward model between them.
+
+    Parameters
+    ----------
+    decoder : CanonicalDecoder
+    encoder : StampEncoder
+    shape : tuple of int
+        (ny, nx) of the training stamps.
+    """
+
+    def __init__(
+        self, decoder: CanonicalDecoder, encoder: StampEncoder, shape: tuple[int, int] = (64, 64)
+    ) -> None:
+        super().__init__()
+        self.decoder, self.encoder = decoder, encoder
+        self.renderer = _FastRenderer(shape)
+
+    def scalars(self, first: Geometry, fwhm: torch.Tensor) -> torch.Tensor:
+        """What the encoder is told beside the image, (B, 5)."""
+        return torch.stack(
+            [
+                torch.log(fwhm / first.r),
+                torch.log(first.q),
+                torch.log(first.n),
+                torch.log(first.r),
+                fwhm / (first.r * first.q),
+            ],
+            1,
+        )
+
+    def encode(self, image, weight, fwhm, first: Geometry, flux):
+        """Posterior mean and std of the latents, and the corrected geometry without n and q."""
+        seen = place(image, weight, first, flux)
+        mean, std, shift = self.encoder(seen, self.scalars(first, fwhm))
+        cos, sin = torch.cos(first.theta), torch.sin(first.theta)
+        along, across = shift[:, 0] * first.r, shift[:, 1] * first.r
+        return (
+            mean,
+            std,
+            shift,
+            {
+                "x_0": first.x_0 + cos * along - sin * across,
+                "y_0": first.y_0 + sin * along + cos * across,
+                "r": first.r * torch.exp(shift[:, 2]),
+                "theta": first.theta + shift[:, 3],
+            },
+        )
+
+    def geometry(self, place_: dict[str, torch.Tensor], z: torch.Tensor) -> Geometry:
+        """The geometry with index and axis ratio from the latents."""
+        n, q = self.decoder.profile(z)
+        return Geometry(place_["x_0"], place_["y_0"], place_["r"], q, place_["theta"], n)
+
+    def misfit(self, z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Misfit as a fraction of the light at elliptical radii ``u`` (B, M)."""
+        knots = self.decoder.misfit(z)
+        place_ = torch.asinh(u.clamp_max(REACH)) * ((knots.shape[1] - 1) / np.arcsinh(REACH))
+        low = place_.floor().clamp_max(knots.shape[1] - 2)
+        t = place_ - low
+        low = low.long()
+        return (1 - t) * knots.gather(1, low) + t * knots.gather(1, low + 1)
+
+    def forward(
+        self,
+        image: torch.Tensor,
+        weight: torch.Tensor,
+        fwhm: torch.Tensor,
+        first: Geometry,
+        flux: torch.Tensor,
+        *,
+        noise: torch.Tensor | None = None,
+    ) -> Losses:
+        """Losses of a batch of stamps (B, ny, nx), weights 1/sigma and first geometries.
+
+        ``noise`` (B, d) is what the latents are drawn with; none is the mean.
+        """
+        mean, std, shift, place_ = self.encode(image, weight, fwhm, first, flux)
+        z = mean if noise is None else mean + std * noise
+        geometry = self.geometry(place_, z)
+        drawn, u = self.renderer(geometry, self.decoder.coefficients(z), fwhm)
+        data, known = image.flatten(1), weight.flatten(1)
+        drawn = drawn.flatten(1)
+        used = known > 0
+        variance = torch.where(used, known.clamp_min(1e-12) ** -2, 1.0)
+        # brightness is solved for; bright pixels count less, as they are fitted worse
+        rough = 1.0 / (variance + (0.1 * data).square())
+        rough = torch.where(used, rough, 0.0)
+        flux = (rough * drawn * data).sum(1) / (rough * drawn * drawn).sum(1).clamp_min(1e-30)
+        model = flux[:, None].clamp_min(0) * drawn
+        total = variance + (self.misfit(z, u) * model).square()
+        residual = data - model
+        terms = -0.5 * (residual.square() / total + torch.log(2 * np.pi * total))
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * torch.log(std)).sum(1)
+        return Losses(
+            log_likelihood=torch.where(used, terms, 0.0).sum(1),
+            kl=kl,
+            chi2=torch.where(used, residual.square() / variance, 0.0).sum(1) / used.sum(1),
+            shift=shift.square().sum(1),
+        )
