@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from pathlib import Path
@@ -67,13 +68,13 @@ def read_checkpoint(path: str | os.PathLike, job: dict[str, Any]) -> dict[str, A
     OSError
         If it cannot be read.
     """
+    with open(path, "rb") as file:
+        content = io.BytesIO(file.read())
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        held = torch.load(content, map_location="cpu", weights_only=True)
         if not isinstance(held, dict) or held.get("format") != _FORMAT:
             raise ValueError("it has another format")
         theirs = json.loads(held["job"])
-    except OSError:
-        raise
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

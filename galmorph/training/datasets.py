@@ -206,6 +206,7 @@ class StampDataset:
             if psf is not None:
                 self._psf = open_companion(psf, self._images, "psf")
             self.shape = None if shape is None else _check_shape(shape)
+            self._reshapes = shape is not None
             self.psf_shape: tuple[int, int] | None = None
             self.noise_known = False
             self.first = self._find_first()
@@ -267,8 +268,10 @@ class StampDataset:
         data = np.where(bad, 0.0, data).astype(np.float32)
         usable = np.isfinite(data) & np.isfinite(weight) & (weight > 0)
         data, weight = np.where(usable, data, 0), np.where(usable, weight, 0)
-        if self.shape is not None and data.shape != self.shape:
+        if self._reshapes:
             data, weight = (_cut_or_pad(a, self.shape) for a in (data, weight))
+        elif self.shape is not None and data.shape != self.shape:
+            raise UnusableStampError(f"shape {data.shape}, not {self.shape}")
         if not weight.any():
             raise UnusableStampError("no usable pixels")
         return data, weight, self._read_psf(i, stamp.psf), known
