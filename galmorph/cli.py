@@ -1,4 +1,4 @@
-"""The command line: ``galmorph demo`` and ``galmorph fit``.
+"""The command line: ``galmorph demo``, ``galmorph fit`` and ``galmorph train``.
 
 Nothing heavy is imported before a subcommand runs, so that ``--help`` is quick.
 """
@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from galmorph import _cli_train
 
 __all__ = ["main"]
 
@@ -41,6 +43,7 @@ _MAIN_EPILOG = (
 start with:
   galmorph demo               see it work on the Hubble eXtreme Deep Field
   galmorph fit --help         fit your own images
+  galmorph train --help       train a network on your own stamps
 
 """
     + _EXIT_CODES
@@ -115,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_fit(commands)
+    _cli_train.add_parser(commands)
     return parser
 
 
@@ -304,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return BAD_INPUT
-    command = {"demo": _demo, "fit": _fit}[args.command]
+    command = {"demo": _demo, "fit": _fit, "train": _cli_train.run}[args.command]
     with _short_warnings():
         return _run(command, args)
 

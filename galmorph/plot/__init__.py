@@ -15,5 +15,6 @@ from .covariance import corner
 from .panels import fit
 from .profile import radial_profile
 from .sheet import contact_sheet
+from .training import loss_curves
 
-__all__ = ["compare_fits", "contact_sheet", "corner", "fit", "radial_profile"]
+__all__ = ["compare_fits", "contact_sheet", "corner", "fit", "loss_curves", "radial_profile"]
