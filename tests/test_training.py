@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -14,7 +15,8 @@ from astropy.io import fits
 from astropy.nddata import InverseVariance, NDData, StdDevUncertainty
 from numpy.testing import assert_allclose, assert_array_equal
 
-from galmorph import PSF
+from galmorph import PSF, plot
+from galmorph.cli import main
 from galmorph.training import Augmentation, StampDataset, TrainingBatch, read_log, stream, train
 from galmorph.training.schedules import beta_per_epoch, learning_rate_factor
 
@@ -289,26 +291,28 @@ def test_stream_order(stamps):
     assert [b.index.tolist() for b in stream(StampDataset(stamps), chunks)] == chunks
 
 
+def resident():
+    """Memory of this process, in bytes."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow(tmp_path):
-    """All of a cube of 200 MB costs what its first 10 MB do."""
+    """A cube of 200 MB on disk is never in memory, not even as pages of the map."""
     side, n = 128, 3200
     cube = np.lib.format.open_memmap(tmp_path / "big.npy", "w+", np.float32, (n, side, side))
     for start in range(0, n, 640):
         cube[start : start + 640] = np.arange(side)
     del cube
-    code = (
-        "import sys, resource\n"
-        "from galmorph.training.datasets import StampDataset, stream\n"
-        "data = StampDataset(sys.argv[1], uncertainty=1.0)\n"
-        "for last in (160, len(data)):\n"
-        "    for batch in stream(data, [range(k, k + 32) for k in range(0, last, 32)]): pass\n"
-        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
-    )
-    command = [sys.executable, "-c", code, tmp_path / "big.npy"]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=100)
-    first, last = map(int, done.stdout.split())
-    unit = 1 if sys.platform == "darwin" else 1024
-    assert (last - first) * unit < 20e6
+    cube = np.load(tmp_path / "big.npy", mmap_mode="r")
+    data = StampDataset(cube, uncertainty=1.0)
+    list(stream(data, [range(32)] * 3))
+    before, most = resident(), 0
+    for batch in stream(data, [range(k, k + 32) for k in range(0, n, 32)]):
+        assert len(batch) == 32
+        most = max(most, resident())
+    assert most - before < 20e6
 
 
 # -- augmentation and schedules ----------------------------------------------------------
@@ -722,19 +726,221 @@ def test_two_processes_agree_with_one(tmp_path):
         }  # fmt: skip
         command = [sys.executable, "-c", DDP, os.path.dirname(__file__), tmp_path]
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE))
+    images = make_stamps(61)
+    images[[4, 30]] = np.nan
+    vae = TinyVAE(noisy=False)
+    result = train(vae, images, **OPTIONS | {"epochs": 3})
     for process in processes:
         _, said = process.communicate(timeout=100)
         assert process.returncode == 0, said.decode()
     held = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in held[0][0]:
         assert torch.equal(held[0][0][name], held[1][0][name])
-    images = make_stamps(61)
-    images[[4, 30]] = np.nan
-    vae = TinyVAE(noisy=False)
-    result = train(vae, images, **OPTIONS | {"epochs": 3})
     assert held[0][2] == held[1][2] == sorted(result.skipped) == [4, 30]
     for name in ("loss", "validation_loss", "kl"):
         assert_allclose(held[0][1][name], result.history[name], rtol=1e-4)
     for name in ("encoder", "decoder", "mean"):
         assert_allclose(held[0][0][name], weights_of(vae)[name], rtol=1e-3, atol=1e-5)
     assert_allclose(read_log(tmp_path / "log.csv")["loss"], held[0][1]["loss"])
+
+
+# -- the command line --------------------------------------------------------------------
+
+CONFIG = """
+[model]
+preset = "regier2015"
+options = {hidden = [16], latent_size = 2, scale = 1.0}
+[data]
+images = "stamps.npy"
+uncertainty = 0.1
+[training]
+epochs = 3
+batch_size = 16
+seed = 4
+[output]
+weights = "mine.safetensors"
+plot = "losses.png"
+licence = "CC0-1.0"
+metadata = {survey = "none"}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration, its stamps, and a function that changes the text."""
+    np.save(tmp_path / "stamps.npy", np.abs(make_stamps()))
+    path = tmp_path / "train.toml"
+
+    def write(old="", new=""):
+        assert old in CONFIG
+        path.write_text(CONFIG.replace(old, new) if old else CONFIG + new)
+        return str(path)
+
+    write()
+    return write
+
+
+def test_train_command(config, tmp_path, capsys):
+    """Weights, curves and plot are written; the weights say where they come from."""
+    from galmorph.nets import GalaxyVAE
+
+    assert main(["train", config()]) == 0
+    said = capsys.readouterr()
+    assert "best epoch" in said.out
+    assert "mine.safetensors" in said.out
+    vae = GalaxyVAE.read(tmp_path / "mine.safetensors")
+    assert vae.config["options"]["image_shape"] == [SIDE, SIDE]
+    assert vae.metadata["training_data"] == "stamps.npy"
+    assert vae.metadata["training_data_hash"].startswith("sha256:")
+    assert vae.metadata["licence"] == "CC0-1.0"
+    assert vae.metadata["survey"] == "none"
+    assert vae.metadata["training"]["stamps"] == 54
+    assert read_log(tmp_path / "mine.csv")["epoch"].tolist() == [1, 2, 3]
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+    assert not (tmp_path / "mine.safetensors.checkpoint").exists()
+
+    assert main(["train", config()]) == 2
+    assert "output.weights" in capsys.readouterr().err
+    assert main(["train", config(), "--overwrite", "--quiet"]) == 0
+    said = capsys.readouterr()
+    assert said.out + said.err == ""
+    again = GalaxyVAE.read(tmp_path / "mine.safetensors")
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+
+def test_train_from_weights(config, capsys):
+    """Training goes on from weights that exist."""
+    assert main(["train", config(), "-q"]) == 0
+    lines = CONFIG.splitlines()
+    text = "\n".join(line for line in lines if "preset" not in line and "options" not in line)
+    path = config("", "")
+    with open(path, "w") as file:
+        file.write(text.replace("[model]", '[model]\nweights = "mine.safetensors"')
+                   .replace('"mine.safetensors"\nplot', '"next.safetensors"\nplot'))  # fmt: skip
+    assert main(["train", path]) == 0, capsys.readouterr().err
+    assert "next.safetensors" in capsys.readouterr().out
+
+
+def test_train_command_interrupted(config, tmp_path, capsys, monkeypatch):
+    """Ctrl-C writes a checkpoint, says so, and the same command gives the same weights."""
+    from galmorph.nets import GalaxyVAE
+
+    assert main(["train", config("mine", "whole"), "-q"]) == 0
+    elbo, calls = GalaxyVAE.elbo, []
+
+    def interrupted(self, batch, **options):
+        calls.append(1)
+        if len(calls) == 7:
+            ctrl_c()
+        return elbo(self, batch, **options)
+
+    monkeypatch.setattr(GalaxyVAE, "elbo", interrupted)
+    assert main(["train", config()]) == 130
+    said = capsys.readouterr().err
+    assert "the same command goes on where it was stopped" in said
+    assert "mine.safetensors.checkpoint" in said
+    assert main(["train", config()]) == 0
+    assert "going on with" in capsys.readouterr().err
+    whole, resumed = (
+        GalaxyVAE.read(tmp_path / f"{name}.safetensors").state_dict() for name in ("whole", "mine")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_train_command_gives_up(config, capsys, monkeypatch):
+    from galmorph.nets import GalaxyVAE
+
+    def nothing(self, batch, **options):
+        bad = next(self.parameters()).sum() * batch.images.sum((1, 2)) * float("nan")
+        return {"loss": bad, "log_likelihood": bad, "kl": bad}
+
+    monkeypatch.setattr(GalaxyVAE, "elbo", nothing)
+    assert main(["train", config(), "-q"]) == 1
+    assert "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("", "[training", "not a TOML file"),
+        ("", "[trainings]\n", "trainings: no such table; did you mean training?"),
+        ("epochs = 3", "epoch = 3", "training.epoch: no such key; did you mean epochs?"),
+        ("epochs = 3", 'epochs = "3"', "training.epochs: must be an integer, not '3'"),
+        ("epochs = 3", "epochs = 0", "epochs must be at least 1"),
+        ("epochs = 3", "epochs = 3\nbeta = [1, 2]", "beta holds 2 values for 3 epochs"),
+        ("epochs = 3", 'epochs = 3\nschedule = "step"', "schedule must be one of"),
+        ('"regier2015"', '"regier2051"', "model.preset: no preset 'regier2051'; did you mean"),
+        ("hidden", "hiden", "model.options.hiden: regier2015 has no such option; did you mean"),
+        ("hidden = [16]", "hidden = [-1]", "model.options: hidden"),
+        ("preset", "weights = 'x'\npreset", "model.preset: either this or model.weights"),
+        ('images = "stamps.npy"', "", "data.images: is missing"),
+        ("stamps.npy", "nowhere.npy", "nowhere.npy: no such file"),
+        ("uncertainty = 0.1", "uncertainty = [1]", "data.uncertainty: must be a path in quotes"),
+        ("mine.safetensors", "mine.pt", "output.weights: must end in .safetensors"),
+        ("losses.png", "no/losses.png", "output.plot"),
+        ("", "[augmentation]\nshift = -1\n", "shift must be"),
+        ("", "[augmentation]\nturns = 4\n", "augmentation.turns: must be true or false"),
+    ],
+)
+def test_bad_configurations(old, new, message, config, capsys):
+    """Code 2, and one line that names the key."""
+    assert main(["train", config(old, new), "-q"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_augmentation_table(config, tmp_path, capsys):
+    assert main(["train", config("", "[augmentation]\nflips = true\nshift = 1\n"), "-q"]) == 0
+    assert main(["train", str(tmp_path / "none.toml")]) == 2
+    assert "none.toml: no such file" in capsys.readouterr().err
+
+
+def test_configuration_of_the_help(tmp_path, capsys):
+    """The example in the help is one that can be read."""
+    from galmorph.training.config import read_config
+
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    text = said[said.index("  [model]") : said.index("then:")]
+    (tmp_path / "help.toml").write_text(text)
+    config = read_config(tmp_path / "help.toml")
+    assert config.data["images"] == str(tmp_path / "stamps.fits[SCI]")
+    assert config.augmentation == {"turns": True, "flips": True, "shift": 2}
+
+
+# -- the plot ----------------------------------------------------------------------------
+
+
+def test_loss_curves():
+    history = {
+        "epoch": np.arange(1, 9),
+        "loss": np.array([9e5, 40, 30, 20, 10, 0, -10, -12.0]),
+        "validation_loss": np.array([5e5, 50, 35, 25, 12, 5, 6, 7.0]),
+        "kl": np.arange(8.0),
+    }
+    ax = plot.loss_curves(history)
+    train_line, validation_line, best = ax.lines
+    assert_array_equal(train_line.get_xydata(), np.c_[history["epoch"], history["loss"]])
+    assert_array_equal(validation_line.get_ydata(), history["validation_loss"])
+    assert best.get_xdata()[0] == 6
+    assert ax.get_ylim()[1] < 1000  # the first epoch does not flatten the rest
+    assert ax.get_ylabel() == "Loss per stamp [nat]"
+    both = plot.loss_curves(history, ax=plt.figure().subplots(), terms=("loss", "kl"))
+    assert [t.get_text() for t in both.get_legend().get_texts()] == [
+        "loss, training", "loss, validation", "KL divergence, training", "best epoch: 6",
+    ]  # fmt: skip
+    plt.close("all")
+
+
+def test_loss_curves_of_a_run():
+    result = train(TinyVAE(), make_stamps(), validation=0, **OPTIONS | {"epochs": 1})
+    ax = plot.loss_curves(result)
+    assert ax.lines[0].get_marker() == "o"
+    ax.figure.canvas.draw()
+    with pytest.raises(ValueError, match="terms must be some of"):
+        plot.loss_curves(result, terms=("chi2",))
+    with pytest.raises(ValueError, match="holds no epoch"):
+        plot.loss_curves({"epoch": []})
+    plt.close("all")

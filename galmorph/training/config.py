@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .augmentation import Augmentation
 from .datasets import StampDataset
 from .history import LossLog, TrainingResult
@@ -39,6 +41,7 @@ def _are(check: Callable[[Any], bool], value: Any) -> bool:
 _TEXT = (lambda v: isinstance(v, str) and v != "", "text in quotes")
 _NUMBER = (_is_number, "a number")
 _INTEGER = (_is_integer, "an integer")
+_SEED = (lambda v: _is_integer(v) and v >= 0, "an integer, 0 or more")
 _SWITCH = (lambda v: isinstance(v, bool), "true or false")
 _TABLE = (lambda v: isinstance(v, dict), "a table")
 _PAIR = (lambda v: _are(_is_integer, v) and len(v) == 2, "two integers, as [64, 64]")
@@ -71,7 +74,7 @@ KEYS = {
         "checkpoint_minutes": _NUMBER,
         "precision": _TEXT,
         "device": _TEXT,
-        "seed": _INTEGER,
+        "seed": _SEED,
     },
     "augmentation": {"turns": _SWITCH, "flips": _SWITCH, "shift": _INTEGER},
     "output": {
@@ -245,7 +248,7 @@ def run_config(
                 **{"turns": False, "flips": False} | config.augmentation
             )
         with StampDataset(**config.data) as data:
-            vae = _make_network(config, data.shape)
+            vae = _make_network(config, data.shape, settings.get("rng"))
             result = train(
                 vae,
                 data,
@@ -274,7 +277,7 @@ def _check_folders(config: TrainingConfig) -> None:
     LossLog(config.log)
 
 
-def _make_network(config: TrainingConfig, shape: tuple[int, int]) -> Any:
+def _make_network(config: TrainingConfig, shape: tuple[int, int], seed: int | None) -> Any:
     from ..nets import ALIASES, PRESETS, GalaxyVAE
 
     if "weights" in config.model:
@@ -295,7 +298,10 @@ def _make_network(config: TrainingConfig, shape: tuple[int, int]) -> Any:
     if "image_shape" in known:
         options.setdefault("image_shape", shape)
     try:
-        return make(**options)
+        with torch.random.fork_rng(devices=[]):
+            if seed is not None:  # the first weights are random too
+                torch.manual_seed(seed)
+            return make(**options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model.options: {error}") from None
 
