@@ -486,8 +486,8 @@ def sdss_chunk(grey, sources, fwhm, q) -> dict[str, np.ndarray]:
     return stamps_and_fits(make, scales, n_pixels)
 
 
-def linear_chunk(cuts: list[tuple], fwhm: float) -> dict[str, np.ndarray]:
-    """Stamps and fits of linear cutouts (image, sigma, mask) with one PSF."""
+def linear_chunk(cuts: list[tuple], fwhm: np.ndarray) -> dict[str, np.ndarray]:
+    """Stamps and fits of linear cutouts (image, sigma, mask), each with its PSF's FWHM."""
     warnings.simplefilter("ignore")
     n_pixels = max(image.shape[0] for image, _, _ in cuts)
 
@@ -495,7 +495,7 @@ def linear_chunk(cuts: list[tuple], fwhm: float) -> dict[str, np.ndarray]:
         image, sigma, mask = cuts[k]
         center = tuple((n - 1) / 2 for n in image.shape[::-1])
         variance = np.broadcast_to(np.asarray(sigma, float) ** 2, image.shape)
-        return resample(image, variance, mask, center, scale, fwhm)
+        return resample(image, variance, mask, center, scale, fwhm[k])
 
     scales = []
     for image, sigma, mask in cuts:
@@ -508,7 +508,9 @@ def linear_chunk(cuts: list[tuple], fwhm: float) -> dict[str, np.ndarray]:
 
 def together(pool, cuts: list[tuple], fwhm: float) -> dict[str, np.ndarray]:
     """`linear_chunk` of many cutouts, some at a time."""
-    jobs = [(cuts[i : i + 64], fwhm) for i in range(0, len(cuts), 64)]
+    jobs = [
+        (cuts[i : i + 64], np.full(len(cuts[i : i + 64]), fwhm)) for i in range(0, len(cuts), 64)
+    ]
     parts = pool.starmap(linear_chunk, jobs, chunksize=1)
     return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
@@ -589,15 +591,15 @@ def hst(path: Path, name: str, arguments, pool) -> dict[str, np.ndarray]:
         images = file["IMAGES"].data.astype(np.float64)[: arguments.limit]
         psfs = file["PSF"].data.astype(np.float64)
         noise = np.asarray(file["CATALOG"].data["noise_rms"], float)
-    parts = []
+    cuts = []
     for k, image in enumerate(images):
         bad = ~np.isfinite(image)
         image = np.where(bad, 0.0, image)
         labels, main = segments(image, noise[k], (31.5, 31.5), arguments.contrast)
         others = (labels > 0) & (labels != main)
         bad |= others | (ndimage.binary_dilation(others, iterations=2) & (labels != main))
-        parts.append(linear_chunk([(image, noise[k], bad)], psf_width(psfs[k])))
-    part = {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+        cuts.append((image, noise[k], bad))
+    part = linear_chunk(cuts, np.array([psf_width(psf) for psf in psfs[: len(cuts)]]))
     part["row"] = np.arange(len(images))
     part["source"] = np.full(len(images), name)
     part["correlation"] = np.full(len(images), np.nan)
@@ -621,7 +623,7 @@ def xdf(path: Path, name: str, arguments, pool) -> dict[str, np.ndarray]:
             cut = cutout(image, j, i, size, np.nan)
             bad = neighbours(labels, j, i, size) | ~np.isfinite(cut)
             cuts.append((np.where(bad, 0.0, cut), noise, bad))
-        part = linear_chunk(cuts, XDF_FWHM[band])
+        part = together(pool, cuts, XDF_FWHM[band])
         part["row"] = np.arange(len(cuts))
         part["source"] = np.full(len(cuts), f"{name}_{band.lower()}")
         parts.append(part)
