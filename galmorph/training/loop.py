@@ -588,7 +588,10 @@ class _Run:
     def _seed_latents(self, *use: int) -> None:
         seed = int(_generator(self.state.seed, *use, self.group.rank).integers(2**62))
         self.latents.manual_seed(seed)
-        torch.manual_seed(seed)  # dropout draws from the global one
+        # Dropout draws from the global generators.
+        torch.default_generator.manual_seed(seed)
+        if self.group.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _losses(self, module: Callable, batch: TrainingBatch, beta: float) -> list[torch.Tensor]:
         precision = PRECISIONS[self.settings.precision]
