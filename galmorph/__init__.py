@@ -11,6 +11,7 @@ __all__ = [
     "BulgeDiskGalaxy2D",
     "FitFlag",
     "FitResult",
+    "GalaxyVAE",
     "GaussianGalaxy2D",
     "LogNormal",
     "MAPFitter",
@@ -24,6 +25,7 @@ __all__ = [
 
 _HOME = {
     "BulgeDiskGalaxy2D": "models",
+    "GalaxyVAE": "nets",
     "GaussianGalaxy2D": "models",
     "PointSource2D": "models",
     "SersicGalaxy2D": "models",

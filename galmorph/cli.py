@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galmorph import _cli_train
+from galmorph import _cli_train, _cli_weights
 
 __all__ = ["main"]
 
@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fit(commands)
     _cli_train.add_parser(commands)
+    _cli_weights.add_parser(commands)
     return parser
 
 
@@ -308,7 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return BAD_INPUT
-    command = {"demo": _demo, "fit": _fit, "train": _cli_train.run}[args.command]
+    run = {"demo": _demo, "fit": _fit, "train": _cli_train.run, "weights": _cli_weights.run}
+    command = run[args.command]
     with _short_warnings():
         return _run(command, args)
 

@@ -1,0 +1,99 @@
+"""What the pixels do, given what a decoder has drawn, and the units that a network works in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution, Independent, Normal
+
+__all__ = ["ConstantScale", "DiagonalNormal", "RMSScale", "make_scale"]
+
+
+class DiagonalNormal(nn.Module):
+    """Independent normals, one a pixel.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from galmorph.nets import DiagonalNormal
+    >>> pixels = DiagonalNormal()((torch.zeros(5, 9, 7), torch.ones(5, 9, 7)))
+    >>> pixels.batch_shape, pixels.event_shape
+    (torch.Size([5]), torch.Size([9, 7]))
+    """
+
+    def forward(self, decoded: tuple[Tensor, Tensor]) -> Distribution:
+        """Distribution of images.
+
+        Parameters
+        ----------
+        decoded : tuple of two Tensors, (..., ny, nx)
+            Mean and standard deviation.
+
+        Returns
+        -------
+        Distribution
+            Event shape (ny, nx).
+        """
+        mean, std = decoded
+        return Independent(Normal(mean, std, validate_args=False), 2)
+
+
+class ConstantScale(nn.Module):
+    """One pixel value for all images is the unit that the network works in.
+
+    Parameters
+    ----------
+    value : float
+        The unit, as 255 for images of eight bits.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive and finite.
+    """
+
+    def __init__(self, value: float = 255.0) -> None:
+        super().__init__()
+        if not 0 < value < float("inf"):
+            raise ValueError(f"the scale must be positive and finite, not {value!r}")
+        self.value = float(value)
+
+    def forward(self, images: Tensor, good: Tensor) -> Tensor:
+        """The unit of each image, (B, 1, 1), the same for all."""
+        return torch.full_like(images[:, :1, :1], self.value)
+
+
+class RMSScale(nn.Module):
+    """Each image is measured in units of the root of its mean square.
+
+    Images in any linear unit can be given then; the density that the likelihood
+    states is that of the pixels given their root mean square.
+    """
+
+    def forward(self, images: Tensor, good: Tensor) -> Tensor:
+        """The unit of each image, (B, 1, 1); 1 for an image of zeros.
+
+        Parameters
+        ----------
+        images : Tensor, (B, ny, nx)
+        good : Tensor of bool, (B, ny, nx)
+            Pixels that count.
+        """
+        count = good.sum((1, 2), keepdim=True).clamp(min=1)
+        square = torch.where(good, images, 0.0).square().sum((1, 2), keepdim=True) / count
+        return torch.where(square > 0, square.sqrt(), 1.0)
+
+
+def make_scale(scale: float | str) -> nn.Module:
+    """The module for ``scale``: a number, or ``"rms"``.
+
+    Raises
+    ------
+    ValueError
+        If it is neither.
+    """
+    if scale == "rms":
+        return RMSScale()
+    if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        return ConstantScale(scale)
+    raise ValueError(f"scale must be a positive number or 'rms', not {scale!r}")
