@@ -80,8 +80,12 @@ class RMSScale(nn.Module):
             Pixels that count.
         """
         count = good.sum((1, 2), keepdim=True).clamp(min=1)
-        square = torch.where(good, images, 0.0).square().sum((1, 2), keepdim=True) / count
-        return torch.where(square > 0, square.sqrt(), 1.0)
+        values = torch.where(good, images, 0.0)
+        # squares of fluxes in W / m2 / Hz are below what single precision can hold
+        peak = values.abs().amax((1, 2), keepdim=True)
+        peak = torch.where(peak > 0, peak, 1.0)
+        square = (values / peak).square().sum((1, 2), keepdim=True) / count
+        return torch.where(square > 0, peak * square.sqrt(), 1.0)
 
 
 def make_scale(scale: float | str) -> nn.Module:
