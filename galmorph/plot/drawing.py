@@ -271,17 +271,22 @@ def brightness_bar(image: AxesImage, axes: list[Axes], unit: object) -> Colorbar
     values = np.ma.masked_invalid(image.get_array()).compressed()
     extend = _extend(values, image.norm.vmin, image.norm.vmax)
     bar = axes[-1].figure.colorbar(image, ax=axes[-1], extend=extend)
-    ticks = _asinh_ticks(image.norm)
+    set_asinh_ticks(bar, image.norm)
+    bar.set_label(labels.with_unit("Brightness", labels.unit_text(unit)))
+    return bar
+
+
+def set_asinh_ticks(bar: Colorbar, norm: Normalize, *, gap: float = 0.09) -> None:
+    """Ticks of a colour bar with an asinh stretch, each a fraction ``gap`` from the last."""
+    ticks = _asinh_ticks(norm, gap)
     if len(ticks) > 2:
         bar.set_ticks(ticks, labels=[_tick_text(tick) for tick in ticks])
     else:  # a narrow range far from zero: the stretch is linear there
         from matplotlib.ticker import MaxNLocator
 
-        ticks = MaxNLocator(5).tick_values(image.norm.vmin, image.norm.vmax)[1:-1]
+        ticks = MaxNLocator(5).tick_values(norm.vmin, norm.vmax)[1:-1]
         bar.set_ticks(ticks, labels=[f"{tick:.6g}".replace("-", "−") for tick in ticks])
     bar.minorticks_off()
-    bar.set_label(labels.with_unit("Brightness", labels.unit_text(unit)))
-    return bar
 
 
 def _asinh_ticks(norm: Normalize, gap: float = 0.09) -> list[float]:

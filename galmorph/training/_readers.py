@@ -47,6 +47,9 @@ class _OpenFits:
             self._hdus.close()
             self._hdus = None
 
+    def __del__(self) -> None:
+        self.close()  # of a data set that nobody has closed
+
 
 @dataclass
 class _Stamp:
