@@ -44,6 +44,13 @@ def main(path):
         name for name in names if name.split("/")[0] not in {"galmorph", info} or "tests" in name
     )
     check(not strangers, f"nothing else is, no tests either{strangers or ''}")
+    weights = {name for name in names if name.startswith("galmorph/pretrained/")}
+    shipped = sorted(name for name in weights if name.endswith(".safetensors"))
+    cards = [name.replace(".safetensors", ".rst") for name in shipped]
+    check(
+        "galmorph/pretrained/regier2015.safetensors" in shipped and weights >= set(cards),
+        f"{len(shipped)} sets of weights are in it, each with its model card",
+    )
     check(f"{info}/licenses/licenses/LICENSE.rst" in names, "the licence is in it")
     check(metadata["License-Expression"] == "BSD-3-Clause", "it is said to be BSD-3-Clause")
     check(metadata["Requires-Python"] == ">=3.11", "it asks for Python 3.11")

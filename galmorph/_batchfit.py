@@ -77,7 +77,7 @@ class BatchSetup:
             if e.r is not None and model.fixed[e.ellip] and np.all(getattr(model, e.ellip) == 0)
         }
         self.free = [not (model.fixed[n] or model.tied[n] or n in round_ones) for n in self.names]
-        default = {n: tuple(getattr(type(model), n).bounds) for n in self.names}
+        default = model.default_bounds()
         self.bounds = {n: tuple(model.bounds[n]) for n in self.names}
         native = {n for n in self.names if self.bounds[n] != default[n]}
         native |= set(self.priors) | {n for n in self.names if not self.free[self.names.index(n)]}
@@ -370,6 +370,8 @@ def fit_batch(
     inv_sigma: np.ndarray,
     psf: PSF | Sequence[PSF] | None,
     position: np.ndarray,
+    *,
+    covariance: bool = True,
 ) -> BatchResult:
     """Fit every stamp of a batch.
 
@@ -382,6 +384,8 @@ def fit_batch(
         Shared, or one a stamp; None: no PSF, pixel-integrated light.
     position : array, shape (B, 2)
         (x, y) where known, NaN elsewhere.
+    covariance : bool, optional
+        Whether the covariance is wanted; NaN otherwise.
 
     Returns
     -------
@@ -443,7 +447,7 @@ def fit_batch(
         _try_other_starts(setup, solve, result, start)
     if psfs and guess:
         _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift)
-    return _summarise(solve, result, scale)
+    return _summarise(solve, result, scale, covariance)
 
 
 def _renderer(psfs, shape, start, shift, setup, *, reach: float) -> FourierRenderer | None:
@@ -598,14 +602,19 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
     _take_better(result, solve(params, rows), rows, -torch.inf)
 
 
-def _summarise(solve, result, scale) -> BatchResult:
+def _summarise(solve, result, scale, covariance) -> BatchResult:
     """Parameters and covariance in the units of the data."""
     setup, problem = solve.setup, solve.problem
     every = torch.arange(len(result.u), device=result.u.device)
     params = problem.params(result.u, every)
     if problem.linear_amplitude:
         params[:, 0] = result.linear[:, 0] * scale
-    cov, bad = posterior_covariance(solve, result, params, scale)
+    if covariance:
+        cov, bad = posterior_covariance(solve, result, params, scale)
+    else:
+        size = len(setup.names) + result.linear.shape[1] - 1
+        cov = params.new_full((len(params), size, size), torch.nan)
+        bad = torch.zeros_like(result.converged)
     for e in setup.ellipses:
         if e.r is not None:  # angles in (-pi/2, pi/2]
             i = setup.names.index(e.theta)

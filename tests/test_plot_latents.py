@@ -176,8 +176,8 @@ def test_tsne_parts_groups(rng):
     latents[12:, 0] += 5
     with threadpoolctl.threadpool_limits(1):  # its threads wait for each other on a busy machine
         places = [module._tsne(latents, 30.0, 3) for _ in range(2)]
+    ax = plot.latents_tsne(latents, rng.normal(0, 1, (24, 4, 4)), cells=3, rng=3)
     assert_array_equal(*places)
-        ax = plot.latents_tsne(latents, rng.normal(0, 1, (24, 4, 4)), cells=3, rng=3)
     first, second = places[0][:12], places[0][12:]
     gap = np.linalg.norm(first.mean(0) - second.mean(0))
     assert gap > 2 * max(first.std(), second.std())

@@ -55,6 +55,10 @@ class GalaxyModel(Fittable2DModel):
 
         return [Ellipse(**profile) for profile in cls._profiles]
 
+    def default_bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """Bounds of the parameters where the user has set none."""
+        return {name: tuple(getattr(type(self), name).bounds) for name in self.param_names}
+
     # -- units -----------------------------------------------------------------------
 
     @property

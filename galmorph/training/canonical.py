@@ -14,20 +14,19 @@ import torch
 from torch import nn
 
 from galmorph.nets.canonical import CanonicalDecoder
-from galmorph.nets.stamp_encoder import StampEncoder
+from galmorph.nets.stamp_encoder import StampEncoder, scalars_of, see
 from galmorph.rendering.fourier import FourierRenderer
 from galmorph.rendering.learned import (
     GRID,
     REACH,
     Geometry,
     _basis,
-    _light,
     _stretch,
-    canonical_points,
 )
+from galmorph.rendering.sersic import sersic_table
 from galmorph.rendering.transfer import Transfer
 
-__all__ = ["CanonicalVAE", "Losses", "gaussian_transfer", "place"]
+__all__ = ["CanonicalVAE", "Losses", "gaussian_transfer"]
 
 
 def gaussian_transfer(fwhm: torch.Tensor, box: tuple[int, int]) -> Transfer:
@@ -73,8 +72,11 @@ class _FastRenderer(nn.Module):
         """Images (B, ny, nx) and elliptical radii of the pixels (B, ny * nx)."""
         transfer = gaussian_transfer(fwhm, self.shape)
         points = geometry.to_canonical(self.x, self.y)
-        light, _, _ = _light(geometry, points)
         u2 = points.square().sum(-1)
+        scalars, _ = sersic_table(points.dtype, points.device).scalars_at(geometry.n)
+        power = torch.exp(0.5 * torch.log(u2.clamp_min(1e-6)) / geometry.n[:, None])
+        area = torch.log(geometry.r**2 * geometry.q)[:, None]
+        light = torch.exp(scalars[:, 1:] - area - scalars[:, :1] * power.clamp_max(80.0))
         h, _ = _stretch(u2)
         values = self.dense @ coefficients @ self.dense.T
         place = (points * h[..., None] * (2.0 / (GRID - 1)))[:, None]
@@ -92,24 +94,6 @@ class _FastRenderer(nn.Module):
         total = ((own * phases + spectrum) * transfer.amplitude).reshape(-1, lx // 2 + 1, ly)
         rows = torch.fft.ifft(total, dim=-1).transpose(-1, -2)
         return torch.fft.irfft(rows, n=lx, dim=-1), torch.sqrt(u2)
-
-
-def place(
-    image: torch.Tensor, weight: torch.Tensor, geometry: Geometry, flux: torch.Tensor
-) -> torch.Tensor:
-    """What the encoder sees: stamps (B, ny, nx) on the canonical grid, (B, 3, GRID, GRID)."""
-    ny, nx = image.shape[1:]
-    points = canonical_points(dtype=image.dtype, device=image.device)
-    x, y = geometry.from_canonical(points)
-    at = torch.stack([2 * x / (nx - 1) - 1, 2 * y / (ny - 1) - 1], -1)[:, None]
-    known = (weight > 0).to(image.dtype)
-    stack = torch.stack([image * known, weight * image * known, known], 1)
-    seen = torch.nn.functional.grid_sample(stack, at, align_corners=True)
-    seen = seen.unflatten(3, (GRID, GRID))[:, :, 0]
-    area = (geometry.r**2 * geometry.q / flux)[:, None, None]
-    return torch.stack(
-        [torch.asinh(20 * seen[:, 0] * area), torch.asinh(seen[:, 1] / 3), seen[:, 2]], 1
-    )
 
 
 @dataclass
@@ -140,23 +124,10 @@ class CanonicalVAE(nn.Module):
         self.decoder, self.encoder = decoder, encoder
         self.renderer = _FastRenderer(shape)
 
-    def scalars(self, first: Geometry, fwhm: torch.Tensor) -> torch.Tensor:
-        """What the encoder is told beside the image, (B, 5)."""
-        return torch.stack(
-            [
-                torch.log(fwhm / first.r),
-                torch.log(first.q),
-                torch.log(first.n),
-                torch.log(first.r),
-                fwhm / (first.r * first.q),
-            ],
-            1,
-        )
-
     def encode(self, image, weight, fwhm, first: Geometry, flux):
         """Posterior mean and std of the latents, and the corrected geometry without n and q."""
-        seen = place(image, weight, first, flux)
-        mean, std, shift = self.encoder(seen, self.scalars(first, fwhm))
+        seen = see(image, weight, first, flux)
+        mean, std, shift = self.encoder(seen, scalars_of(first, fwhm))
         cos, sin = torch.cos(first.theta), torch.sin(first.theta)
         along, across = shift[:, 0] * first.r, shift[:, 1] * first.r
         return (

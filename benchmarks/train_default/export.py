@@ -1,0 +1,84 @@
+"""Make weights of what train.py left: the network, and a mixture fitted to its latents.
+
+python benchmarks/train_default/export.py galmorph.safetensors --data galaxies.npz --run FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from train import Stamps
+
+from galmorph.nets import GalaxyVAE, save
+from galmorph.nets.priors import GaussianMixture
+from galmorph.nets.stamp_encoder import scalars_of, see
+
+
+def posterior(vae: GalaxyVAE, stamps: Stamps) -> tuple[np.ndarray, np.ndarray]:
+    """Means and standard deviations of the latents of all galaxies, turned both ways."""
+    means, stds = [], []
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(2):
+            for rows in torch.arange(len(stamps)).split(64):
+                image, weight, fwhm, first, flux = stamps.batch(rows, rng)
+                mean, std, _ = vae.encoder(see(image, weight, first, flux), scalars_of(first, fwhm))
+                means.append(mean)
+                stds.append(std)
+    return torch.cat(means).numpy(), torch.cat(stds).numpy()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--components", type=int, default=8)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    state = torch.load(args.run / "checkpoint.pt", weights_only=True)
+    decoder, encoder = state["config"]["decoder"], state["config"]["encoder"]
+    vae = GalaxyVAE.from_preset(
+        "galmorph",
+        latent_dim=decoder["latent_dim"],
+        hidden=decoder["hidden"],
+        features=decoder["features"],
+        channels=encoder["channels"],
+        encoder_hidden=encoder["hidden"],
+        components=args.components,
+    )
+    own = {k: v for k, v in state["vae"].items() if k.split(".")[0] in ("decoder", "encoder")}
+    vae.load_state_dict(own | {k: v for k, v in vae.state_dict().items() if "prior" in k})
+    train = Stamps(args.data, 0, "cpu")
+    means, stds = posterior(vae, train)
+    from sklearn.mixture import GaussianMixture as Fit
+
+    rng = np.random.default_rng(1)
+    draws = means + stds * rng.standard_normal(means.shape)
+    draws = draws[np.abs(draws).max(1) < 8]
+    fit = Fit(args.components, reg_covar=1e-3, random_state=1, n_init=2).fit(draws)
+    vae.prior = GaussianMixture(fit.weights_, fit.means_, fit.covariances_)
+    log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
+    sets = {
+        name: int(n) for name, n in zip(*np.unique(train.source, return_counts=True), strict=True)
+    }
+    save(
+        vae,
+        args.out,
+        metadata={
+            "training_data": f"real galaxies, {sets}, see benchmarks/train_default",
+            "training_data_hash": hashlib.sha256(train.sersic.numpy().tobytes()).hexdigest(),
+            "licence": "BSD-3-Clause",
+            "epochs": state["epoch"],
+            "last": log[-1],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""A galaxy as a network has learned it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import astropy.units as u
+import numpy as np
+from astropy.modeling.parameters import Parameter
+
+from galmorph.models.base import GalaxyModel, _check_shape, _is_one_psf, _over_sets, _value
+from galmorph.psf import PSF
+
+if TYPE_CHECKING:
+    from galmorph.nets.learned import LearnedShape
+
+__all__ = ["LearnedGalaxy2D"]
+
+_GEOMETRY = ("flux", "x_0", "y_0", "r_50", "theta")
+
+
+def _geometric_parameters() -> dict[str, Parameter]:
+    return {
+        "flux": Parameter(default=1.0, description="Total flux"),
+        "x_0": Parameter(default=0.0, description="Centre in x, pixels"),
+        "y_0": Parameter(default=0.0, description="Centre in y, pixels"),
+        "r_50": Parameter(
+            default=3.0, bounds=(0.05, None), description="Half-light semi-major axis, pixels"
+        ),
+        "theta": Parameter(default=0.0, description="Angle of the major axis from +x, radians"),
+    }
+
+
+class LearnedGalaxy2D(GalaxyModel):
+    r"""A galaxy drawn by a network, as a detector sees it.
+
+    Parameters
+    ----------
+    flux : float
+        Total flux, integrated to infinity.
+    x_0, y_0 : float
+        Centre (where the light has its cusp) in pixels; the first pixel is centred on (0, 0).
+    r_50 : float
+        Semi-major axis, in pixels, of the ellipse that holds half of the light.
+    theta : float or `~astropy.units.Quantity`
+        Angle of the major axis, counter-clockwise from +x, in radians.
+    z0, z1, ... : float
+        Latents: the shape.  ``z0`` is the Sérsic index and ``z1`` the axis ratio, each through
+        a fixed monotone function; where all others are zero the galaxy is a Sérsic profile.
+    shape : LearnedShape
+        The network; see `from_pretrained` and `read`.
+    psf : PSF, array, or model, optional
+        See `galmorph.PSF`.
+
+    Notes
+    -----
+    The light before the PSF is a Sérsic profile times what it misses,
+
+    .. math:: I(\mathbf{x}) \propto S(u; n(z_0))\, \exp R(\mathbf{p}; z), \qquad u = |\mathbf{p}|,
+
+    where :math:`\mathbf{p}` are coordinates in which the half-light ellipse of the profile is
+    the unit circle, and R is a spline that the network draws, zero at the centre and beyond
+    six half-light radii.
+
+    Copies share the network; a model is pickled with the name of its weights, or with the
+    weights themselves where these were read from a file.
+
+    Examples
+    --------
+    >>> from galmorph import LearnedGalaxy2D
+    >>> galaxy = LearnedGalaxy2D.from_pretrained(flux=100, x_0=31.5, y_0=31.5, r_50=5)
+    >>> galaxy.render((64, 64)).shape
+    (64, 64)
+    """
+
+    _param_names = ()
+
+    def __init__(self, *args: Any, shape: LearnedShape, psf: Any = None, **kwargs: Any) -> None:
+        parameters = _geometric_parameters()
+        for i in range(shape.latent_dim):
+            parameters[f"z{i}"] = Parameter(default=0.0, description=f"Latent {i}")
+        for name, parameter in parameters.items():
+            parameter._name = name
+        # astropy looks names up before it lets anything be set
+        self.__dict__.update(parameters, _names=tuple(parameters), _shape=shape)
+        count = kwargs.get("n_models") or 1
+        if count > 1:  # astropy broadcasts the defaults of class attributes only
+            for name in self._names[len(args) :]:
+                kwargs.setdefault(name, np.full(count, parameters[name].default))
+        super().__init__(*args, psf=psf, **kwargs)
+
+    @property
+    def param_names(self) -> tuple[str, ...]:
+        """Names of the parameters: geometry, then latents."""
+        return self._names
+
+    @property
+    def shape(self) -> LearnedShape:
+        """The network."""
+        return self._shape
+
+    @property
+    def latent_names(self) -> tuple[str, ...]:
+        """``z0``, ``z1``, ..."""
+        return self._names[len(_GEOMETRY) :]
+
+    def default_bounds(self) -> dict[str, tuple[float | None, float | None]]:
+        """Bounds of the parameters where the user has set none."""
+        bounds = dict.fromkeys(self._names, (None, None))
+        return bounds | {"r_50": (0.05, None)}
+
+    # -- where it comes from -----------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, name: str = "default", **kwargs: Any) -> LearnedGalaxy2D:
+        """The model with weights that are installed.
+
+        Parameters
+        ----------
+        name : str, optional
+            Of the weights; ``galmorph weights`` lists them.
+        **kwargs
+            Parameters, ``psf`` and all else that the model takes.
+
+        Returns
+        -------
+        LearnedGalaxy2D
+        """
+        from galmorph.nets.learned import LearnedShape
+
+        return cls(shape=LearnedShape.from_pretrained(name), **kwargs)
+
+    @classmethod
+    def read(cls, path: str | PathLike[str], **kwargs: Any) -> LearnedGalaxy2D:
+        """The model with weights from a file (safetensors).
+
+        Parameters
+        ----------
+        path : path-like
+        **kwargs
+            As for `from_pretrained`.
+
+        Returns
+        -------
+        LearnedGalaxy2D
+        """
+        from galmorph.nets.learned import LearnedShape
+
+        return cls(shape=LearnedShape.read(path), **kwargs)
+
+    def write(self, path: str | PathLike[str]) -> None:
+        """Write the weights to a file that `read` takes."""
+        self._shape.write(path)
+
+    # -- copies ------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LearnedGalaxy2D:
+        from copy import deepcopy
+
+        memo[id(self._shape)] = self._shape
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        for key, value in self.__dict__.items():
+            new.__dict__[key] = deepcopy(value, memo)
+        for name in self._names:
+            new.__dict__[name]._model = new
+        return new
+
+    # -- the prior ---------------------------------------------------------------------
+
+    @property
+    def prior(self) -> Any:
+        """Distribution of the latents, with ``log_prob`` and ``sample``, numpy in and out."""
+        return self._shape.prior
+
+    def sample(self, n: int, rng: np.random.Generator | int | None = None) -> np.ndarray:
+        """Parameters of galaxies with the shapes that the prior draws.
+
+        Parameters
+        ----------
+        n : int
+        rng : `numpy.random.Generator` or int, optional
+
+        Returns
+        -------
+        array, shape (n, P)
+            Flux, centre, size and angle are the model's own.  For `render`.
+        """
+        params = np.empty((n, len(self._names)))
+        for i, name in enumerate(_GEOMETRY):
+            params[:, i] = np.ravel(getattr(self, name).value)[0]
+        params[:, len(_GEOMETRY) :] = self._shape.prior.sample(n, rng)
+        return params
+
+    # -- units -------------------------------------------------------------------------
+
+    def _parameter_units_for_data_units(self, inputs_unit, outputs_unit):
+        return {
+            "flux": outputs_unit["z"],
+            "x_0": inputs_unit["x"],
+            "y_0": inputs_unit["y"],
+            "r_50": inputs_unit["x"],
+            "theta": u.rad,
+        }
+
+    def _lengths(self) -> set[str]:
+        return {"x_0", "y_0", "r_50"}
+
+    # -- drawing -----------------------------------------------------------------------
+
+    def evaluate(self, x, y, *params):
+        """The light in the pixels centred on ``x``, ``y``.
+
+        Parameters
+        ----------
+        x, y : array-like
+            Centres of pixels, on a grid with steps of one pixel or anywhere.
+        *params : array-like
+            The parameters, in the order of ``param_names``.
+
+        Returns
+        -------
+        array or `~astropy.units.Quantity`
+            Flux per pixel, in the shape of ``x``.
+        """
+        from galmorph.rendering.learned_model import learned_points
+
+        x, y, bare, unit = self._bare(x, y, params)
+        result = _over_sets(
+            lambda x, y, p: learned_points(self._shape, p, x, y, psf=self._psf), x, y, bare
+        )
+        return result if unit is None else u.Quantity(result, unit, copy=False)
+
+    def fit_deriv(self, x: Any, y: Any, *params: Any) -> list[np.ndarray]:
+        """Derivatives by every parameter at points, for fitters.
+
+        Parameters
+        ----------
+        x, y : array-like
+            Centres of pixels.
+        *params : float
+            The parameters of one model.
+
+        Returns
+        -------
+        list of array
+            One for each parameter, in the shape of ``x``.
+        """
+        from galmorph.rendering.learned_model import learned_points
+
+        x, y, bare, _ = self._bare(x, y, params)
+        x, y = np.broadcast_arrays(x, y)
+        p = np.array([float(np.ravel(b)[0]) for b in bare])[None]
+        _, slopes = learned_points(
+            self._shape, p, x.ravel(), y.ravel(), psf=self._psf, derivatives=True
+        )
+        return [d.reshape(x.shape) for d in slopes[0]]
+
+    def render(
+        self,
+        shape: tuple[int, int],
+        *,
+        params: np.ndarray | None = None,
+        psf: PSF | Sequence[PSF] | None = None,
+        device: str = "cpu",
+        dtype: str = "float64",
+    ) -> np.ndarray:
+        """Draw images, without background; see `GalaxyModel.render`."""
+        from galmorph.rendering.learned_model import learned_grid
+
+        single = params is None and len(self) == 1
+        if params is None:
+            _, _, bare, _ = self._bare(0.0, 0.0, [_value(self, n) for n in self.param_names])
+            params = np.stack([np.ravel(b) for b in bare], -1)
+        params = np.atleast_2d(np.asarray(params, dtype=float))
+        if params.ndim != 2 or params.shape[1] != len(self.param_names):
+            raise ValueError(
+                f"params must be of shape (N, {len(self.param_names)}), not {params.shape}"
+            )
+        psf = self._psf if psf is None else psf
+        if psf is not None and not isinstance(psf, PSF):
+            psf = PSF.from_any(psf) if _is_one_psf(psf) else [PSF.from_any(p) for p in psf]
+        if isinstance(psf, list) and len(psf) != len(params):
+            raise ValueError(f"there is one PSF or one a galaxy, not {len(psf)} for {len(params)}")
+        images = learned_grid(
+            self._shape, params, _check_shape(shape), psf=psf, device=device, dtype=dtype
+        )
+        return images[0] if single else images

@@ -1,0 +1,123 @@
+"""The learned galaxy in its canonical frame: a decoder of profiles and what they miss.
+
+The first two latents are the Sérsic index and the axis ratio, each through a fixed monotone
+function; the others bend the profile.  Where these are zero the galaxy is a Sérsic profile.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from galmorph.rendering.learned import GRID, centred
+
+__all__ = ["CanonicalDecoder"]
+
+
+class CanonicalDecoder(nn.Module):
+    """From latents to index, axis ratio, the logarithm of what the profile misses, and misfit.
+
+    Parameters
+    ----------
+    latent_dim : int
+        Latents, index and axis ratio included.
+    hidden : int
+        Units of the hidden layers.
+    features : int
+        Images from which what is missed is summed up.
+    index : tuple of float
+        Mean and width of ln n where the first latent is standard normal.
+    ratio : tuple of float
+        The same for ln(q / (1 - q)) and the second latent.
+    knots : int
+        Radii at which the misfit is given.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from galmorph.nets.canonical import CanonicalDecoder
+    >>> decoder = CanonicalDecoder(latent_dim=6)
+    >>> decoder.coefficients(torch.zeros(2, 6)).abs().max() == 0
+    tensor(True)
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_dim: int = 16,
+        hidden: int = 256,
+        features: int = 128,
+        index: tuple[float, float] = (0.4, 0.6),
+        ratio: tuple[float, float] = (0.8, 1.1),
+        knots: int = 8,
+    ) -> None:
+        super().__init__()
+        if latent_dim < 3:
+            raise ValueError(f"latent_dim must be at least 3, not {latent_dim}")
+        self.config: dict[str, Any] = {
+            "latent_dim": latent_dim,
+            "hidden": hidden,
+            "features": features,
+            "index": tuple(index),
+            "ratio": tuple(ratio),
+            "knots": knots,
+        }
+        self.latent_dim = latent_dim
+        self.index, self.ratio = tuple(index), tuple(ratio)
+        self.trunk = nn.ModuleList(
+            [nn.Linear(latent_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, features)]
+        )
+        self.draw = nn.Linear(features, GRID * GRID, bias=False)
+        nn.init.normal_(self.draw.weight, std=0.02)
+        self.misfit_head = nn.Linear(features, knots)
+        nn.init.zeros_(self.misfit_head.weight)
+        nn.init.constant_(self.misfit_head.bias, -2.5)
+
+    def profile(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sérsic index and axis ratio, (B,) each, of latents (B, d)."""
+        n = torch.exp(self.index[0] + self.index[1] * z[:, 0]).clamp(0.2, 8.0)
+        q = torch.sigmoid(self.ratio[0] + self.ratio[1] * z[:, 1]).clamp_min(0.01)
+        return n, q
+
+    def _features(self, z: torch.Tensor) -> torch.Tensor:
+        h = z
+        for layer in self.trunk:
+            h = torch.nn.functional.silu(layer(h))
+        return h
+
+    def _nested(self, z: torch.Tensor) -> torch.Tensor:
+        """The latents of the Sérsic profile nested in each galaxy."""
+        return torch.cat([z[:, :2], torch.zeros_like(z[:, 2:])], 1)
+
+    def coefficients(self, z: torch.Tensor) -> torch.Tensor:
+        """Spline of what is missed (B, GRID, GRID) for latents (B, d)."""
+        difference = self._features(z) - self._features(self._nested(z))
+        return centred(self.draw(difference).unflatten(1, (GRID, GRID)))
+
+    def misfit(self, z: torch.Tensor) -> torch.Tensor:
+        """Misfit as a fraction of the light at the knots, (B, knots)."""
+        return 0.003 + torch.nn.functional.softplus(self.misfit_head(self._features(z)))
+
+    def linearise(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Coefficients (B, GRID, GRID) and their derivatives (B, d, GRID, GRID)."""
+        value, tangents = self._with_tangents(z, slice(None))
+        nested, nested_tangents = self._with_tangents(self._nested(z), slice(0, 2))
+        tangents = tangents.clone()
+        tangents[:, :2] -= nested_tangents
+        both = torch.cat([(value - nested)[:, None], tangents], 1)
+        maps = centred(self.draw(both).unflatten(2, (GRID, GRID)))
+        return maps[:, 0], maps[:, 1:]
+
+    def _with_tangents(self, z: torch.Tensor, which: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, F) and their derivatives by some latents, (B, k, F)."""
+        h = z
+        tangent = torch.eye(self.latent_dim, dtype=z.dtype, device=z.device)[which]
+        tangent = tangent.expand(z.shape[0], -1, -1)
+        for layer in self.trunk:
+            a = layer(h)
+            gate = torch.sigmoid(a)
+            slope = gate * (1.0 + a * (1.0 - gate))
+            h, tangent = a * gate, (tangent @ layer.weight.T) * slope[:, None]
+        return h, tangent

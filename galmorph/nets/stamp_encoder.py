@@ -1,0 +1,114 @@
+"""From an image to the latents: a small convolutional network on the canonical frame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from galmorph.rendering.learned import GRID, Geometry, canonical_points
+
+__all__ = ["StampEncoder", "scalars_of", "see"]
+
+#: Of the geometry: shifts along the axes in half-light radii, d ln r, d theta.
+GEOMETRY = 4
+
+
+class StampEncoder(nn.Module):
+    """Normal distribution of latents, and corrections of a first geometry, from an image.
+
+    Parameters
+    ----------
+    latent_dim : int
+    channels : tuple of int
+        Of three convolutions, each with stride 2.
+    hidden : int
+        Units of the last hidden layer.
+    scalars : int
+        Numbers that are given beside the image.
+
+    Notes
+    -----
+    The input is the image sampled at `galmorph.rendering.learned.canonical_points` of a first
+    geometry, with three channels: asinh of the brightness in units of flux per half-light
+    ellipse, asinh of the signal to noise, and one where the pixel is known.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_dim: int = 16,
+        channels: tuple[int, int, int] = (24, 48, 64),
+        hidden: int = 256,
+        scalars: int = 5,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "latent_dim": latent_dim,
+            "channels": tuple(channels),
+            "hidden": hidden,
+            "scalars": scalars,
+        }
+        self.latent_dim = latent_dim
+        layers: list[nn.Module] = []
+        before = 3
+        for c in channels:
+            layers += [nn.Conv2d(before, c, 3, stride=2, padding=1), nn.SiLU()]
+            before = c
+        self.convolutions = nn.Sequential(*layers)
+        side = (GRID + 7) // 8
+        self.first = nn.Linear(channels[-1] * side * side, hidden)
+        self.second = nn.Linear(hidden + scalars, hidden)
+        self.head = nn.Linear(hidden, 2 * latent_dim + GEOMETRY)
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(
+        self, image: torch.Tensor, scalars: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (B, d) of the latents, and corrections (B, 4).
+
+        Parameters
+        ----------
+        image : tensor, shape (B, 3, G, G)
+        scalars : tensor, shape (B, scalars)
+        """
+        silu = torch.nn.functional.silu
+        h = silu(self.first(self.convolutions(image).flatten(1)))
+        out = self.head(silu(self.second(torch.cat([h, scalars], 1))))
+        d = self.latent_dim
+        std = torch.nn.functional.softplus(out[:, d : 2 * d] - 0.5).clamp_min(1e-3)
+        return out[:, :d], std, 0.3 * torch.tanh(out[:, 2 * d :])
+
+
+def see(
+    image: torch.Tensor, weight: torch.Tensor, geometry: Geometry, flux: torch.Tensor
+) -> torch.Tensor:
+    """What the encoder sees: stamps (B, ny, nx) on the canonical grid, (B, 3, GRID, GRID)."""
+    ny, nx = image.shape[1:]
+    points = canonical_points(dtype=image.dtype, device=image.device)
+    x, y = geometry.from_canonical(points)
+    at = torch.stack([2 * x / (nx - 1) - 1, 2 * y / (ny - 1) - 1], -1)[:, None]
+    known = (weight > 0).to(image.dtype)
+    stack = torch.stack([image * known, weight * image * known, known], 1)
+    seen = torch.nn.functional.grid_sample(stack, at, align_corners=True)
+    seen = seen.unflatten(3, (GRID, GRID))[:, :, 0]
+    area = (geometry.r**2 * geometry.q / flux)[:, None, None]
+    return torch.stack(
+        [torch.asinh(20 * seen[:, 0] * area), torch.asinh(seen[:, 1] / 3), seen[:, 2]], 1
+    )
+
+
+def scalars_of(first: Geometry, fwhm: torch.Tensor) -> torch.Tensor:
+    """What the encoder is told beside the image: PSF and first geometry, (B, 5)."""
+    return torch.stack(
+        [
+            torch.log(fwhm / first.r),
+            torch.log(first.q),
+            torch.log(first.n),
+            torch.log(first.r),
+            fwhm / (first.r * first.q),
+        ],
+        1,
+    )

@@ -1,0 +1,286 @@
+"""Learned galaxies at points and on grids, numpy in and out: what astropy asks of a model.
+
+Parameters are flux, x_0, y_0, r_50, theta and the latents, in this order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from galmorph.psf import PSF
+from galmorph.rendering.canonical import light_and_radius
+from galmorph.rendering.learned import Geometry, LearnedRenderer
+from galmorph.rendering.transfer import make_transfer
+
+if TYPE_CHECKING:
+    from galmorph.nets.canonical import CanonicalDecoder
+    from galmorph.nets.learned import LearnedShape
+
+__all__ = ["learned_grid", "learned_points", "profile_of", "to_profile"]
+
+# pixels around the stamp in which what the profile misses is drawn
+MARGIN = 8
+
+
+def profile_of(
+    decoder: CanonicalDecoder, z: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index, axis ratio, light and half-light radius (B,) of latents, in units of the profile's."""
+    n, q = decoder.profile(z)
+    light, radius = light_and_radius(n, decoder.coefficients(z))
+    return n, q, light, radius
+
+
+def to_profile(
+    decoder: CanonicalDecoder, params: torch.Tensor
+) -> tuple[Geometry, torch.Tensor, torch.Tensor]:
+    """Geometry of the profile, its flux (B,), and the latents, of parameters (B, P)."""
+    z = params[:, 5:]
+    n, q, light, radius = profile_of(decoder, z)
+    geometry = Geometry(
+        x_0=params[:, 1],
+        y_0=params[:, 2],
+        r=params[:, 3].clamp_min(1e-3) / radius,
+        q=q,
+        theta=params[:, 4],
+        n=n,
+    )
+    return geometry, params[:, 0] / light, z
+
+
+def oversampling_for(r: torch.Tensor, q: torch.Tensor) -> int:
+    """Samples a pixel for profiles of these radii and ratios: four in the half-light radius."""
+    least = float((r * q.sqrt()).min().clamp_min(0.3))
+    return int(np.clip(np.ceil(4.0 / least), 1, 8))
+
+
+def _draw(shape_, params, shape, psf, derivatives, device, dtype):
+    decoder = shape_.decoder(dtype, device)
+    tensor = torch.as_tensor(params, dtype=dtype, device=device)
+    geometry, flux, z = to_profile(decoder, tensor)
+    middle = tensor.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
+    drift = (tensor[:, 1:3] - middle).abs().amax(0).tolist()
+    pixel = psf is None
+    psf = PSF(np.ones((1, 1)), includes_pixel=False) if pixel else psf
+    transfer = make_transfer(
+        psf,
+        shape,
+        drift=(drift[1], drift[0]),
+        margin=0.5 * max(shape) + 2 * MARGIN - max(drift),
+        dtype=dtype,
+        device=device,
+    )
+    renderer = LearnedRenderer(
+        shape, transfer, oversampling=oversampling_for(geometry.r, geometry.q)
+    )
+    if not derivatives:
+        image = renderer.image(geometry, decoder.coefficients(z))
+        if pixel:
+            image = image + _pixel_profile(renderer, geometry, shape)
+        return flux[:, None, None] * image, None
+    coefficients, directions = decoder.linearise(z)
+    columns = renderer.columns(geometry, coefficients, directions)
+    if pixel:
+        columns[:, :7] += _pixel_columns(renderer, geometry, shape)
+    jacobian = columns_jacobian(decoder, tensor, geometry)
+    slopes = torch.einsum("bryx,brp->bpyx", columns, jacobian * flux[:, None, None])
+    slopes[:, 0] = (
+        columns[:, 0] * (flux / tensor[:, 0].where(tensor[:, 0] != 0, 1.0))[:, None, None]
+    )
+    return flux[:, None, None] * columns[:, 0], slopes
+
+
+def columns_jacobian(
+    decoder: CanonicalDecoder, params: torch.Tensor, geometry: Geometry
+) -> torch.Tensor:
+    """From parameters (without flux) to the columns of the renderer, in units of the flux.
+
+    (B, 7 + d, P): columns are the image, x_0, y_0, ln r, ln q, theta, ln n and latents.
+    """
+    z = params[:, 5:]
+    batch, d = z.shape
+    by_z = log_slopes(decoder, z)  # d(ln n, ln q, ln light, ln radius) / dz
+    jacobian = params.new_zeros((batch, 7 + d, params.shape[1]))
+    jacobian[:, 1, 1] = 1.0
+    jacobian[:, 2, 2] = 1.0
+    jacobian[:, 3, 3] = 1.0 / params[:, 3]
+    jacobian[:, 5, 4] = 1.0
+    jacobian[:, 6, 5:] = by_z[:, 0]
+    jacobian[:, 4, 5:] = by_z[:, 1]
+    jacobian[:, 0, 5:] = -by_z[:, 2]
+    jacobian[:, 3, 5:] = -by_z[:, 3]
+    jacobian[:, 7:, 5:] = torch.eye(d, dtype=params.dtype, device=params.device)
+    return jacobian
+
+
+def log_slopes(decoder: CanonicalDecoder, z: torch.Tensor) -> torch.Tensor:
+    """Derivatives of ln n, ln q, ln light and ln radius by the latents, (B, 4, d).
+
+    By central differences: the growth curve has no closed inverse.
+    """
+    batch, d = z.shape
+    step = 1e-3
+    wide = decoder_like(decoder, torch.float64)
+    shifts = step * torch.eye(d, dtype=torch.float64, device=z.device)
+    points = z.double()[:, None, None] + torch.stack([shifts, -shifts])
+    logs = torch.log(torch.stack(profile_of(wide, points.reshape(-1, d)), 1))
+    logs = logs.unflatten(0, (batch, 2, d))
+    return ((logs[:, 0] - logs[:, 1]) / (2 * step)).transpose(1, 2).to(z.dtype)
+
+
+def decoder_like(decoder: CanonicalDecoder, dtype: torch.dtype) -> CanonicalDecoder:
+    """The decoder in another precision."""
+    if decoder.draw.weight.dtype == dtype:
+        return decoder
+    from copy import deepcopy
+
+    return deepcopy(decoder).to(dtype)
+
+
+def _pixel_profile(renderer, geometry, shape):
+    """What the exact integral over the pixels adds to the band-limited profile."""
+    return _pixel_columns(renderer, geometry, shape, derivatives=False)[:, 0]
+
+
+def _pixel_columns(renderer, geometry, shape, derivatives=True):
+    from galmorph.rendering.learned import _chain
+    from galmorph.rendering.pixel import sersic_pixel_flux, sersic_pixel_flux_jacobian
+
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    like = geometry.x_0
+    px, py = (torch.as_tensor(a.ravel().astype(float)) for a in (x, y))
+    args = [
+        t.double().cpu()
+        for t in (
+            geometry.x_0,
+            geometry.y_0,
+            geometry.r,
+            geometry.n,
+            1 - geometry.q,
+            geometry.theta,
+        )
+    ]
+    own = renderer.sersic(
+        [geometry.component()], geometry.x_0, geometry.y_0, derivatives=derivatives
+    )
+    if not derivatives:
+        image = sersic_pixel_flux(px, py, *args).to(like).unflatten(1, shape)
+        return (image - own.image)[:, None]
+    drawn = torch.einsum("brm,bcr->bcm", own.columns.flatten(2), _chain(geometry))
+    image, slopes = sersic_pixel_flux_jacobian(px, py, *args)
+    slopes = slopes.to(like)
+    r, n, q = geometry.r[:, None], geometry.n[:, None], geometry.q[:, None]
+    exact = torch.stack(
+        [
+            image.to(like),
+            slopes[:, 0],
+            slopes[:, 1],
+            slopes[:, 2] * r,
+            -slopes[:, 4] * q,
+            slopes[:, 5],
+            slopes[:, 3] * n,
+        ],
+        1,
+    )
+    return (exact - drawn).unflatten(2, shape)
+
+
+def learned_grid(
+    network: LearnedShape,
+    params: np.ndarray,
+    shape: tuple[int, int],
+    *,
+    psf: PSF | Sequence[PSF] | None,
+    derivatives: bool = False,
+    device: str = "cpu",
+    dtype: str = "float64",
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Draw learned galaxies on stamps.
+
+    Parameters
+    ----------
+    network : LearnedShape
+    params : array, shape (B, P)
+        Rows with NaN give images of NaN.
+    shape : tuple of int
+        (ny, nx).
+    psf : PSF, sequence of PSF, or None
+        Shared, or one a row; None integrates over the pixels.
+    derivatives : bool, optional
+        Also give (B, P, ny, nx).
+    device, dtype : str, optional
+
+    Returns
+    -------
+    images : array, shape (B, ny, nx)
+    derivatives : array, shape (B, P, ny, nx), if asked for
+    """
+    images = np.full((len(params), *shape), np.nan)
+    slopes = np.full((*params.shape, *shape), np.nan) if derivatives else None
+    usable = np.flatnonzero(np.isfinite(params).all(1))
+    # galaxies of like size together: each batch has one box and one sampling
+    usable = usable[np.argsort(params[usable, 3], kind="stable")]
+    size = max(1, int(4e6 / (shape[0] * shape[1] * (params.shape[1] if derivatives else 4))))
+    with torch.no_grad():
+        for i in range(0, usable.size, size):
+            rows = usable[i : i + size]
+            own = psf if psf is None or isinstance(psf, PSF) else [psf[j] for j in rows]
+            image, slope = _draw(
+                network, params[rows], shape, own, derivatives, device, getattr(torch, dtype)
+            )
+            images[rows] = image.cpu().numpy()
+            if derivatives:
+                slopes[rows] = slope.cpu().numpy()
+    return (images, slopes) if derivatives else images
+
+
+def learned_points(
+    network: LearnedShape,
+    params: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    psf: PSF | None,
+    derivatives: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    """Learned galaxies at the centres of pixels that may be anywhere.
+
+    Parameters
+    ----------
+    network : LearnedShape
+    params : array, shape (B, P)
+    x, y : array, shape (m,)
+        Centres of pixels.
+    psf : PSF or None
+    derivatives : bool, optional
+        Also give (B, P, m).
+
+    Returns
+    -------
+    values : array, shape (B, m)
+    derivatives : array, shape (B, P, m), if asked for
+    """
+    values = np.zeros((len(params), x.size))
+    slopes = np.zeros((*params.shape, x.size)) if derivatives else None
+    # points on one grid of pixels are drawn at once
+    column, row = np.floor(x + 1e-7), np.floor(y + 1e-7)
+    offset = np.round(np.stack([x - column, y - row], -1), 7)
+    groups, member = np.unique(offset, axis=0, return_inverse=True)
+    for g, (dx, dy) in enumerate(groups):
+        here = np.flatnonzero(member.ravel() == g)
+        low_x, low_y = column[here].min(), row[here].min()
+        own = params.copy()
+        own[:, 1] -= low_x + dx
+        own[:, 2] -= low_y + dy
+        at = (row[here] - low_y).astype(int), (column[here] - low_x).astype(int)
+        shape = (int(at[0].max()) + 1, int(at[1].max()) + 1)
+        result = learned_grid(network, own, shape, psf=psf, derivatives=derivatives)
+        images = result[0] if derivatives else result
+        values[:, here] = images[:, at[0], at[1]]
+        if derivatives:
+            slopes[:, :, here] = result[1][:, :, at[0], at[1]]
+    return (values, slopes) if derivatives else values
