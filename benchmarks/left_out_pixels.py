@@ -38,6 +38,7 @@ def kids(folder: Path, band: str = "R", faintest: float = 21.0) -> list[dict]:
     segments = detect_sources(image, 1.5 * noise, n_pixels=5)
     segments = deblend_sources(image, segments, n_pixels=5, contrast=0.01, progress_bar=False)
     keep = (table["mag_r"] < faintest) & ~table["is_star"]
+    keep &= ~((table["mag_r"] < 17) & (table["r50_px"] < 5))  # saturated stars
     stamps, half = [], SIZE // 2
     for row in np.flatnonzero(keep):
         if row % 2 == 0:  # the network may have been trained on it

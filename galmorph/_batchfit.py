@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from galmorph.rendering.transfer import make_transfer
 if TYPE_CHECKING:
     from galmorph.models.base import GalaxyModel
 
-__all__ = ["BatchSetup", "background_templates", "fit_batch", "one_thread"]
+__all__ = ["BatchSetup", "background_templates", "engine_of", "fit_batch", "one_thread"]
 
 _WIDE = torch.float64
 
@@ -71,6 +71,11 @@ class BatchSetup:
         self.names = tuple(model.param_names)
         self.ellipses: Sequence[Ellipse] = model.ellipses()
         self.tied = [n for n in self.names if model.tied[n]]
+        if self.tied and not self.ellipses:
+            raise ValueError(
+                f"MAPFitter does not tie the parameters of {type(model).__name__}; "
+                "astropy's fitters do"
+            )
         round_ones = {  # a circle has no angle
             e.theta
             for e in self.ellipses
@@ -118,6 +123,17 @@ class BatchSetup:
             setattr(many, name, value)
             result[:, self.names.index(name)] = torch.as_tensor(value.copy()).to(params)
         return result
+
+
+def engine_of(model: GalaxyModel) -> Callable[..., BatchResult]:
+    """The function that fits batches with a model: `fit_batch`, or one that is called like it."""
+    from galmorph.models.learned import LearnedGalaxy2D
+
+    if isinstance(model, LearnedGalaxy2D):
+        from galmorph._learnedfit import fit_learned_batch
+
+        return fit_learned_batch
+    return fit_batch
 
 
 class _GalaxyProblem:

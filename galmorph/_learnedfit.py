@@ -6,7 +6,8 @@ background are solved for.  It starts from a Sérsic fit, with the latents of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,16 +28,16 @@ from galmorph.inference.least_squares import (
     levenberg_marquardt,
 )
 from galmorph.models.sersic import SersicGalaxy2D
+from galmorph.nets.stamp_encoder import corrected, scalars_of, see
 from galmorph.priors import INDEX_PRIOR
 from galmorph.psf import PSF
 from galmorph.rendering.learned import Geometry, LearnedRenderer
 from galmorph.rendering.learned_model import (
-    MARGIN,
+    learned_transfer,
     log_slopes,
-    oversampling_for,
     profile_of,
+    sampling_for,
 )
-from galmorph.rendering.transfer import make_transfer
 
 if TYPE_CHECKING:
     from galmorph.nets.learned import LearnedShape
@@ -48,63 +49,114 @@ _WIDE = torch.float64
 _ANGLE_WIDTH = 1.8
 # added to -2 ln of the prior so that it is a sum of squares
 _PRIOR_OFFSET = 1e3
+# galaxies that are worked on at once: their maps should stay in the cache
+_WINDOW = 8
 
 
 class _LearnedProblem:
-    """The batch as `levenberg_marquardt` sees it."""
+    """The batch as `levenberg_marquardt` sees it.
 
-    linear_amplitude = True
+    Coordinates are x_0, y_0, ln r, theta, the latents, and the flux where it is not solved for.
+    r is that of the Sérsic profile, or r_50 where something is asked of it.
+    """
 
-    def __init__(self, network, setup, data, weight, templates, renderer, order, fixed) -> None:
-        self.network = network
-        self.data, self.weight, self.templates = data, weight, templates
-        self.renderer, self.order = renderer, order
-        self.decoder = network.decoder(data.dtype, data.device)
-        self.angle = fixed[:, 3].clone()
-        self.setup = setup
+    def __init__(self, setup, data, weight, templates, scale, renderer) -> None:
+        self.setup, self.renderer = setup, renderer
+        self.data, self.weight, self.templates, self.scale = data, weight, templates, scale
+        self.network: LearnedShape = setup.model.shape
+        self.decoder = self.network.decoder(data.dtype, data.device)
+        self.wide = self.network.decoder(_WIDE, data.device)
+        self.prior = _prior_parts(self.network, data.device)
+        default = setup.model.default_bounds()
+        asked = set(setup.priors) | {
+            name
+            for name, free in zip(setup.names, setup.free, strict=True)
+            if not free or setup.bounds[name] != default[name]
+        }
+        self.exact_size, self.walks_flux = "r_50" in asked, "flux" in asked
+        self.linear_amplitude = not self.walks_flux
+        self.d = self.network.latent_dim
+
+    def rows(self, rows: torch.Tensor, renderer: LearnedRenderer) -> _LearnedProblem:
+        """The problem of some galaxies, with their renderer."""
+        other = copy(self)
+        other.data, other.weight = self.data[rows], self.weight[rows]
+        other.scale, other.renderer = self.scale[rows], renderer
+        return other
 
     def split(self, u: torch.Tensor) -> tuple[Geometry, torch.Tensor]:
-        """Geometry and latents at coordinates (b, 4 + d)."""
-        v = u.to(self.data.dtype)
-        z = v[:, 4:]
-        n, q = self.decoder.profile(z)
-        return Geometry(v[:, 0], v[:, 1], torch.exp(v[:, 2]), q, v[:, 3], n), z
+        """Geometry and latents at coordinates."""
+        z = u[:, 4 : 4 + self.d]
+        ln_r = u[:, 2]
+        if self.exact_size:
+            ln_r = ln_r - torch.log(profile_of(self.wide, z)[3])
+        v = torch.cat([u[:, :2], torch.exp(ln_r)[:, None], u[:, 3:4], z], 1).to(self.data.dtype)
+        n, q = self.decoder.profile(v[:, 4:])
+        return Geometry(v[:, 0], v[:, 1], v[:, 2], q, v[:, 3], n), v[:, 4:]
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
         geometry, z = self.split(u)
         coefficients, directions = self.decoder.linearise(z)
-        columns = self.renderer(rows).columns(geometry, coefficients, directions).flatten(2)
-        size = u.shape[1]
-        chain = u.new_zeros((len(u), 6 + z.shape[1], size))
+        columns = self.renderer.rows(rows).columns(geometry, coefficients, directions)
+        end = 4 + self.d
+        chain = u.new_zeros((len(u), 6 + self.d, u.shape[1]))
         chain[:, 0, 0] = chain[:, 1, 1] = chain[:, 2, 2] = chain[:, 4, 3] = 1.0
         chain[:, 5, 4] = self.decoder.index[1]
         chain[:, 3, 5] = self.decoder.ratio[1] * (1.0 - geometry.q)
-        chain[:, 6:, 4:] = torch.eye(size - 4, dtype=u.dtype, device=u.device)
-        root, slope = self._prior(u[:, 4:])
-        penalty_chain = u.new_zeros((len(u), root.shape[1] + 1, size))
-        penalty_chain[:, :-1, 4:] = slope
-        penalty_chain[:, -1, 3] = 1.0 / _ANGLE_WIDTH
-        return Linearisation(
-            columns=columns,
-            chain=chain,
-            penalty=torch.cat([root, torch.zeros_like(root[:, :1])], 1),
-            penalty_chain=penalty_chain,
-        )
+        chain[:, 6:, 4:end] = torch.eye(self.d, dtype=u.dtype, device=u.device)
+        made = Linearisation(columns=columns.flatten(2), chain=chain)
+        if self.exact_size or self.walks_flux:
+            by_z = log_slopes(self.wide, u[:, 4:end])
+            if self.exact_size:
+                chain[:, 2, 4:end] = -by_z[:, 3]
+            if self.walks_flux:
+                light = profile_of(self.wide, u[:, 4:end])[2]
+                made.amplitude = u[:, end] / light
+                made.amplitude_chain = torch.zeros_like(u)
+                made.amplitude_chain[:, 4:end] = -made.amplitude[:, None] * by_z[:, 2]
+                made.amplitude_chain[:, end] = 1.0 / light
+        made.penalty, made.penalty_chain = self._penalties(u, rows)
+        return made
 
-    def _prior(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Residuals whose squares add to -2 ln p(z) and a constant, and their slopes."""
-        from galmorph.nets.priors import GaussianMixture
-
-        prior = self.network.vae.prior
-        if not isinstance(prior, GaussianMixture):
-            eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device).expand(len(z), -1, -1)
-            return z, eye
-        return mixture_residuals(
-            z, *(b.to(z) for b in (prior.logits, prior.means, prior.scale_tril))
-        )
+    def _penalties(self, u: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the latents' prior, of the angle's, and of those that the user gave."""
+        end = 4 + self.d
+        root, slope = mixture_residuals(u[:, 4:end], *self.prior)
+        chain = u.new_zeros((len(u), root.shape[1] + 1, u.shape[1]))
+        chain[:, :-1, 4:end] = slope
+        chain[:, -1, 3] = 1.0 / _ANGLE_WIDTH
+        values, chains = [root, torch.zeros_like(root[:, :1])], [chain]
+        for name, prior in self.setup.priors.items():
+            column = end if name == "flux" else self.setup.names.index(name) - 1
+            factor = torch.ones_like(u[:, 0])
+            value = u[:, column]
+            if name == "flux":
+                factor = self.scale[rows]
+                value = value * factor
+            if name == "r_50":
+                factor = value = torch.exp(value)
+            residual, by_value = prior.residual(value.cpu().numpy())
+            values.append(torch.as_tensor(residual).to(u)[:, None])
+            one = torch.zeros_like(u)
+            one[:, column] = torch.as_tensor(by_value).to(u) * factor
+            chains.append(one[:, None])
+        return torch.cat(values, 1), torch.cat(chains, 1)
 
     def project(self, u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return u
+
+
+def _prior_parts(network: LearnedShape, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, means and Cholesky factors of the prior of the latents, in double precision."""
+    from galmorph.nets.priors import GaussianMixture
+
+    prior = network.vae.prior
+    if isinstance(prior, GaussianMixture):
+        parts = prior.logits, prior.means, prior.scale_tril
+    else:
+        d = network.latent_dim
+        parts = torch.zeros(1), torch.zeros(1, d), torch.eye(d)[None]
+    return tuple(p.detach().to(_WIDE).to(device) for p in parts)
 
 
 def mixture_residuals(
@@ -137,27 +189,6 @@ def mixture_residuals(
     return root, torch.cat([slope, slope.new_zeros((batch, 1, d))], 1)
 
 
-class _Renderers:
-    """Renderers by the sampling that galaxies need; a batch is drawn with one."""
-
-    def __init__(self, psfs, shape, start, dtype, device, oversampling) -> None:
-        middle = start.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
-        drift = (start[:, :2] - middle).abs().amax(0).tolist()
-        psf = psfs or [PSF(np.ones((1, 1)), includes_pixel=False)]
-        transfer = make_transfer(
-            psf[0] if len(psf) == 1 else psf,
-            shape,
-            drift=(drift[1], drift[0]),
-            margin=0.5 * max(shape) + 2 * MARGIN - max(drift),
-            dtype=dtype,
-            device=device,
-        )
-        self.renderer = LearnedRenderer(shape, transfer, oversampling=oversampling)
-
-    def __call__(self, rows: torch.Tensor) -> LearnedRenderer:
-        return self.renderer.rows(rows)
-
-
 @one_thread()
 @torch.no_grad()
 def fit_learned_batch(
@@ -173,173 +204,277 @@ def fit_learned_batch(
     -------
     BatchResult
     """
-    network: LearnedShape = setup.model.shape
     shape = data.shape[1:]
     device, dtype = setup.device, setup.dtype
     best = inv_sigma.reshape(len(data), -1).max(1)
     scale = torch.as_tensor(1.0 / best, dtype=_WIDE, device=device)
-    values = torch.as_tensor(data * best[:, None, None], dtype=dtype, device=device)
-    weight = torch.as_tensor(inv_sigma / best[:, None, None], dtype=dtype, device=device)
-    psfs = [psf] if isinstance(psf, PSF) else list(psf or [])
-    start = _start(setup, network, data, inv_sigma, psf, position, values, weight, psfs)
-    lower, upper = _bounds(setup, start, shape)
-    templates = torch.as_tensor(
-        background_templates(setup.background, shape), dtype=dtype, device=device
-    ).flatten(1)
-    result = _solve(setup, network, values, weight, templates, psfs, shape, start, lower, upper)
-    return _summarise(setup, network, result, scale, weight)
-
-
-def _solve(setup, network, values, weight, templates, psfs, shape, start, lower, upper):
-    """Galaxies that need finer sampling in batches of their own."""
-    decoder = network.decoder(values.dtype, values.device)
-    _, q = decoder.profile(start[:, 4:].to(values.dtype))
-    need = torch.as_tensor(
-        [
-            oversampling_for(r[None], ratio[None])
-            for r, ratio in zip(torch.exp(start[:, 2]), q.double(), strict=True)
-        ]
-    ).clamp_max(4)
-    parts = []
-    for sampling in need.unique().tolist():
-        rows = torch.nonzero(need == sampling)[:, 0]
-        own = psfs if len(psfs) < 2 else [psfs[i] for i in rows.tolist()]
-        renderer = _Renderers(own, shape, start[rows], values.dtype, values.device, int(sampling))
-        problem = _LearnedProblem(
-            network,
-            setup,
-            values[rows].flatten(1),
-            weight[rows].flatten(1),
-            templates,
-            renderer,
-            None,
-            start[rows],
-        )
-        found = levenberg_marquardt(
-            problem,
-            start[rows],
-            lower=lower[rows],
-            upper=upper[rows],
-            max_iter=setup.max_iter,
-            tolerance=1e-2,
-            relative_tolerance=1e-6 if values.dtype == torch.float32 else 1e-10,
-            window=max(1, min(setup.window, int(24 / sampling**2))),
-        )
-        parts.append((rows, found))
-    if len(parts) == 1:
-        return parts[0][1]
-    merged = {}
-    for name in vars(parts[0][1]):
-        first = getattr(parts[0][1], name)
-        merged[name] = first.new_empty((len(start), *first.shape[1:]))
-        for rows, found in parts:
-            merged[name][rows] = getattr(found, name)
-    return LeastSquaresResult(**merged)
-
-
-def _start(setup, network, data, inv_sigma, psf, position, values, weight, psfs) -> torch.Tensor:
-    """Coordinates (B, 4 + d) from a Sérsic fit and the encoder."""
-    device = setup.device
-    decoder = network.decoder(_WIDE, device)
-    d = network.latent_dim
+    problem = _LearnedProblem(
+        setup,
+        torch.as_tensor(data * best[:, None, None], dtype=dtype, device=device).flatten(1),
+        torch.as_tensor(inv_sigma / best[:, None, None], dtype=dtype, device=device).flatten(1),
+        torch.as_tensor(
+            background_templates(setup.background, shape), dtype=dtype, device=device
+        ).flatten(1),
+        scale,
+        None,
+    )
+    solve = _Solver(problem, psf, shape)
     if setup.start is not None:
-        params = torch.as_tensor(setup.start, dtype=_WIDE, device=device)
-        _, _, _, radius = profile_of(decoder, params[:, 5:])
-        return torch.cat(
-            [
-                params[:, 1:3],
-                torch.log(params[:, 3:4].clamp_min(1e-3) / radius[:, None]),
-                params[:, 4:],
-            ],
-            1,
-        )
-    sersic = replace(setup, model=SersicGalaxy2D(), priors={"n": INDEX_PRIOR}, start=None)
+        start = torch.as_tensor(setup.start, dtype=_WIDE, device=device)
+        result = solve(_from_params(problem, start))
+        return _summarise(problem, result)
+    sersic = replace(setup, model=SersicGalaxy2D(), priors={"n": INDEX_PRIOR})
+    for name in ("x_0", "y_0"):
+        sersic.bounds[name] = setup.bounds[name]
     first = fit_batch(sersic, data, inv_sigma, psf, position, covariance=False)
-    params = torch.as_tensor(first.params, dtype=_WIDE, device=device)
-    q = (1 - params[:, 5]).clamp(0.03, 0.97)
-    z = params.new_zeros((len(params), d))
-    z[:, 0] = (torch.log(params[:, 4]) - decoder.index[0]) / decoder.index[1]
-    z[:, 1] = (torch.log(q / (1 - q)) - decoder.ratio[0]) / decoder.ratio[1]
-    u = torch.cat([params[:, 1:3], torch.log(params[:, 3:4]), params[:, 6:7], z], 1)
-    u = _with_encoder(network, u, params, first, values, weight, psfs, data, inv_sigma)
-    at = {name: i for i, name in enumerate(setup.names)}
-    for column, name in enumerate(setup.names[1:]):
-        if not setup.free[at[name]]:
-            own = float(np.ravel(getattr(setup.model, name).value)[0])
-            u[:, column] = np.log(max(own, 1e-3)) if name == "r_50" else own
+    nested, seen = _starts(problem, first, solve.psfs, shape)
+    middle = nested[:, :2]
+    result = solve(solve.better_of(seen, nested), middle)
+    # whatever the network has learned, the Sérsic profile is nested in it
+    worse = torch.nonzero(result.chi2 > torch.as_tensor(first.chi2, device=device) + problem.d)[
+        :, 0
+    ]
+    if worse.numel():
+        _keep_better(result, solve(nested[worse], middle[worse], worse), worse)
+    return _summarise(problem, result)
+
+
+class _Solver:
+    """Levenberg-Marquardt on a batch; galaxies that need the same sampling together."""
+
+    def __init__(self, problem: _LearnedProblem, psf, shape: tuple[int, int]) -> None:
+        self.problem, self.shape = problem, shape
+        self.psfs = [psf] if isinstance(psf, PSF) else list(psf or [])
+
+    def better_of(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Of two starts for each galaxy the one with the lower cost."""
+        costs = []
+        for u in (first, second):
+            cost = u.new_empty(len(u))
+            for rows, problem in self._parts(u, torch.arange(len(u), device=u.device)):
+                cost[rows] = costs_at(problem, u[rows])
+            costs.append(cost)
+        return torch.where((costs[0] < costs[1])[:, None], first, second)
+
+    def __call__(
+        self,
+        start: torch.Tensor,
+        middle: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
+    ) -> LeastSquaresResult:
+        """Fit galaxies ``rows`` (all) from ``start``, centres not far from ``middle``."""
+        setup = self.problem.setup
+        rows = torch.arange(len(start), device=start.device) if rows is None else rows
+        lower, upper = _bounds(self.problem, start, self.shape, middle, rows)
+        start = torch.minimum(torch.maximum(start, lower), upper)
+        merged: dict[str, torch.Tensor] = {}
+        for here, problem in self._parts(start, rows):
+            found = levenberg_marquardt(
+                problem,
+                start[here],
+                lower=lower[here],
+                upper=upper[here],
+                max_iter=setup.max_iter,
+                tolerance=1e-2,
+                relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
+                window=max(1, min(setup.window, _WINDOW)),
+            )
+            for name, value in vars(found).items():
+                if name not in merged:
+                    merged[name] = value.new_empty((len(start), *value.shape[1:]))
+                merged[name][here] = value
+        return LeastSquaresResult(**merged)
+
+    def _parts(
+        self, u: torch.Tensor, rows: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, _LearnedProblem]]:
+        """Galaxies by the sampling that they need: places in ``u``, and their problem."""
+        geometry, _ = self.problem.split(u)
+        need = sampling_for(geometry.r, geometry.q)
+        for sampling in need.unique().tolist():
+            here = torch.nonzero(need == sampling)[:, 0]
+            renderer = self._renderer(u[here], rows[here], int(sampling))
+            yield here, self.problem.rows(rows[here], renderer)
+
+    def _renderer(self, u: torch.Tensor, rows: torch.Tensor, sampling: int) -> LearnedRenderer:
+        psf = self.psfs if len(self.psfs) < 2 else [self.psfs[i] for i in rows.tolist()]
+        return LearnedRenderer(
+            self.shape,
+            learned_transfer(
+                psf[0] if len(psf) == 1 else psf,
+                self.shape,
+                u[:, :2],
+                dtype=self.problem.data.dtype,
+                device=self.problem.data.device,
+            ),
+            oversampling=sampling,
+        )
+
+
+def costs_at(problem: _LearnedProblem, u: torch.Tensor) -> torch.Tensor:
+    """Chi-square plus penalties at coordinates, flux and background solved for."""
+    geometry, z = problem.split(u)
+    image = problem.renderer.image(geometry, problem.decoder.coefficients(z)).flatten(1)
+    rows = torch.arange(len(u), device=u.device)
+    weight = problem.weight
+    templates = problem.templates.expand(len(u), -1, -1)
+    columns = (torch.cat([image[:, None], templates], 1) * weight[:, None]).to(_WIDE)
+    rest = (problem.data * weight).to(_WIDE)
+    gram = columns @ columns.transpose(1, 2)
+    gram = gram + 1e-9 * torch.diag_embed(torch.diagonal(gram, dim1=1, dim2=2) + 1e-30)
+    right = (columns @ rest[..., None])[..., 0]
+    linear = torch.linalg.solve(gram, right)
+    chi2 = rest.square().sum(1) - (linear * right).sum(1)
+    chi2 = torch.where(linear[:, 0] > 0, chi2, torch.inf)
+    penalty, _ = problem._penalties(u, rows)
+    return torch.nan_to_num(chi2 + penalty.square().sum(1), nan=torch.inf)
+
+
+def _keep_better(result: LeastSquaresResult, other: LeastSquaresResult, rows) -> None:
+    better = torch.nonzero(other.cost < result.cost[rows])[:, 0]
+    for name, value in vars(other).items():
+        getattr(result, name)[rows[better]] = value[better]
+
+
+def _from_params(problem: _LearnedProblem, params: torch.Tensor) -> torch.Tensor:
+    """Coordinates of parameters (B, P)."""
+    ln_r = torch.log(params[:, 3].clamp_min(1e-3))
+    if not problem.exact_size:
+        ln_r = ln_r - torch.log(profile_of(problem.wide, params[:, 5:])[3])
+    u = torch.cat([params[:, 1:3], ln_r[:, None], params[:, 4:]], 1)
+    if problem.walks_flux:
+        u = torch.cat([u, (params[:, 0] / problem.scale)[:, None]], 1)
     return u
 
 
-def _with_encoder(network, u, params, first, values, weight, psfs, data, inv_sigma):
-    """The latents, but index and ratio, as the encoder sees them."""
-    from galmorph.nets.stamp_encoder import scalars_of, see
-
-    dtype = values.dtype
-    sigma = torch.as_tensor([p.sigma for p in psfs] or [0.3], dtype=dtype, device=u.device)
-    fwhm = (2.3548 * sigma).expand(len(u)).contiguous()
+def _starts(problem, first, psfs, shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coordinates of the fitted Sérsic profile, and as the encoder sees the galaxy."""
+    setup, decoder = problem.setup, problem.wide
+    params = torch.as_tensor(first.params, dtype=_WIDE, device=problem.data.device)
+    q = (1 - params[:, 5]).clamp(0.03, 0.97)
+    z = params.new_zeros((len(params), problem.d))
+    z[:, 0] = ((torch.log(params[:, 4]) - decoder.index[0]) / decoder.index[1]).clamp(-3, 3)
+    z[:, 1] = ((torch.log(q / (1 - q)) - decoder.ratio[0]) / decoder.ratio[1]).clamp(-3, 3)
+    nested = torch.cat([params[:, 1:3], torch.log(params[:, 3:4]), params[:, 6:7], z], 1)
+    seen = nested.clone()
+    image = problem.data.unflatten(1, shape)
+    dtype = image.dtype
+    if first.background.shape[1]:
+        level = torch.as_tensor(first.background[:, 0], device=image.device) / problem.scale
+        image = image - level.to(dtype)[:, None, None]
+    sigma = torch.as_tensor([p.sigma for p in psfs] or [0.3], dtype=dtype, device=image.device)
+    fwhm = (2.3548 * sigma).expand(len(params)).contiguous()
     n, q = params[:, 4].clamp(0.3, 7.0), (1 - params[:, 5]).clamp(0.05, 0.98)
     geometry = Geometry(
         *(v.to(dtype) for v in (params[:, 1], params[:, 2], params[:, 3], q, params[:, 6], n))
     )
-    unit = torch.as_tensor(inv_sigma.reshape(len(data), -1).max(1), dtype=dtype, device=u.device)
-    flux = (params[:, 0].to(dtype) * unit).clamp_min(1e-6)
-    image = values
-    if first.background.shape[1]:
-        level = torch.as_tensor(first.background[:, 0], dtype=dtype, device=u.device) * unit
-        image = values - level[:, None, None]
-    mean, _, _ = network.encoder(see(image, weight, geometry, flux), scalars_of(geometry, fwhm))
-    usable = torch.isfinite(mean).all(1)
+    flux = (params[:, 0] / problem.scale).to(dtype).clamp_min(1e-6)
+    weight = problem.weight.unflatten(1, shape)
+    mean, _, shift = problem.network.encoder(
+        see(image, weight, geometry, flux), scalars_of(geometry, fwhm)
+    )
+    place = corrected(geometry, shift)
+    usable = torch.isfinite(mean).all(1) & torch.isfinite(shift).all(1)
+    told = torch.cat(
+        [
+            place.x_0[:, None],
+            place.y_0[:, None],
+            place.r.log()[:, None],
+            place.theta[:, None],
+            mean,
+        ],
+        1,
+    )
+    seen[usable] = told[usable].to(_WIDE)
+    seen[:, 4:] = seen[:, 4:].clamp(-4, 4)
+    starts = []
+    for u in (nested, seen):
+        if problem.exact_size:
+            u[:, 2] += torch.log(profile_of(decoder, u[:, 4:])[3])
+        if problem.walks_flux:
+            u = torch.cat([u, (params[:, :1] / problem.scale[:, None])], 1)
+        starts.append(_held(setup, problem, u))
+    return starts[0], starts[1]
+
+
+def _held(setup: BatchSetup, problem: _LearnedProblem, u: torch.Tensor) -> torch.Tensor:
+    """Coordinates with what is fixed where the model has it."""
     u = u.clone()
-    u[usable, 6:] = mean[usable, 2:].to(u.dtype).clamp(-4, 4)
+    for name, free in zip(setup.names, setup.free, strict=True):
+        if free:
+            continue
+        own = float(np.ravel(getattr(setup.model, name).value)[0])
+        if name == "flux":
+            u[:, -1] = own / problem.scale
+        else:
+            column = setup.names.index(name) - 1
+            u[:, column] = np.log(max(own, 1e-3)) if name == "r_50" else own
     return u
 
 
-def _bounds(setup, start, shape):
-    """Bounds of the coordinates, (B, 4 + d) each; what is fixed has no room."""
+def _bounds(problem, start, shape, middle, rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds of the coordinates; what is fixed has no room."""
+    setup = problem.setup
     lower = torch.full_like(start, -torch.inf)
     upper = -lower
-    lower[:, :2] = start[:, :2] - (setup.max_shift or 3.0)
-    upper[:, :2] = start[:, :2] + (setup.max_shift or 3.0)
+    if middle is not None:
+        reach = (0.3 * torch.exp(start[:, 2])).clamp_min(3.0)[:, None]
+        reach = reach if setup.max_shift is None else torch.full_like(reach, setup.max_shift)
+        lower[:, :2], upper[:, :2] = middle - reach, middle + reach
     lower[:, 2], upper[:, 2] = np.log(0.05), np.log(2.0 * max(shape))
-    lower[:, 4:], upper[:, 4:] = -6.0, 6.0
-    for column, name in enumerate(setup.names[1:]):
+    last = len(setup.names) - 1
+    lower[:, 4:last], upper[:, 4:last] = -6.0, 6.0
+    for name, free in zip(setup.names, setup.free, strict=True):
+        column = setup.names.index(name) - 1
+        if name == "flux":
+            if start.shape[1] == last:
+                continue
+            column = last
         low, high = setup.bounds[name]
         if name == "r_50":
             low, high = (None if b is None or b <= 0 else np.log(b) for b in (low, high))
+            if not problem.exact_size:  # only the default bound, which is that of the profile too
+                low = high = None
+        if name == "flux":
+            low, high = (None if b is None else b / problem.scale[rows] for b in (low, high))
         if low is not None:
-            lower[:, column] = lower[:, column].clamp_min(low)
+            lower[:, column] = torch.maximum(lower[:, column], torch.as_tensor(low).to(lower))
         if high is not None:
-            upper[:, column] = upper[:, column].clamp_max(high)
-        if not setup.free[column + 1]:
+            upper[:, column] = torch.minimum(upper[:, column], torch.as_tensor(high).to(upper))
+        if not free:
             lower[:, column] = upper[:, column] = start[:, column]
     return lower, upper
 
 
-def _summarise(setup, network, result, scale, weight) -> BatchResult:
+def _summarise(problem: _LearnedProblem, result: LeastSquaresResult) -> BatchResult:
     """Parameters and covariance in the units of the data."""
-    decoder = network.decoder(_WIDE, result.u.device)
-    u = result.u
-    z = u[:, 4:]
-    _, _, light, radius = profile_of(decoder, z)
-    flux = result.linear[:, 0] * scale * light
-    r_50 = torch.exp(u[:, 2]) * radius
-    params = torch.cat([flux[:, None], u[:, :2], r_50[:, None], u[:, 3:]], 1)
-    by_z = log_slopes(decoder, z)
-    inverse, bad = _covariance(result, setup)
-    size, count = u.shape[1], result.linear.shape[1]
-    jacobian = u.new_zeros((len(u), params.shape[1] + count - 1, size + count))
-    jacobian[:, 0, size] = scale * light
-    jacobian[:, 0, 4:size] = flux[:, None] * by_z[:, 2]
+    u, scale = result.u, problem.scale
+    end = 4 + problem.d
+    z = u[:, 4:end]
+    _, _, light, radius = profile_of(problem.wide, z)
+    by_z = log_slopes(problem.wide, z)
+    r_50 = torch.exp(u[:, 2]) * (1.0 if problem.exact_size else radius)
+    flux = u[:, end] * scale if problem.walks_flux else result.linear[:, 0] * scale * light
+    params = torch.cat([flux[:, None], u[:, :2], r_50[:, None], u[:, 3:end]], 1)
+    inverse, bad = _covariance(problem, result)
+    size, count = inverse.shape[1], result.linear.shape[1] - 1
+    jacobian = u.new_zeros((len(u), params.shape[1] + count, size))
+    if problem.walks_flux:
+        jacobian[:, 0, end] = scale
+    else:
+        jacobian[:, 0, end] = scale * light
+        jacobian[:, 0, 4:end] = flux[:, None] * by_z[:, 2]
     jacobian[:, 1, 0] = jacobian[:, 2, 1] = 1.0
     jacobian[:, 3, 2] = r_50
-    jacobian[:, 3, 4:size] = r_50[:, None] * by_z[:, 3]
-    for i in range(size - 3):
+    if not problem.exact_size:
+        jacobian[:, 3, 4:end] = r_50[:, None] * by_z[:, 3]
+    for i in range(end - 3):
         jacobian[:, 4 + i, 3 + i] = 1.0
-    for i in range(count - 1):
-        jacobian[:, params.shape[1] + i, size + 1 + i] = scale
-    cov = jacobian @ inverse @ jacobian.transpose(1, 2)
-    params[:, 4] = wrap_axis_full(params[:, 4])
     split = params.shape[1]
+    for i in range(count):
+        jacobian[:, split + i, end + 1 + i] = scale
+    cov = jacobian @ inverse @ jacobian.transpose(1, 2)
+    params[:, 4] = full_turn(params[:, 4])
     out = {
         "params": params,
         "cov": cov[:, :split, :split],
@@ -349,28 +484,30 @@ def _summarise(setup, network, result, scale, weight) -> BatchResult:
         "cost": result.cost,
         "n_iter": result.n_iter,
         "converged": result.converged,
-        "at_bound": _at_bound(setup, result),
+        "at_bound": (result.at_bound & _free(problem, result)[: u.shape[1]]).any(1),
         "bad_covariance": bad,
     }
     return BatchResult(**{k: v.cpu().numpy() for k, v in out.items()})
 
 
-def wrap_axis_full(angle: torch.Tensor) -> torch.Tensor:
-    """An angle in [-pi, pi): the shape is not the same when it is turned by half a turn."""
+def full_turn(angle: torch.Tensor) -> torch.Tensor:
+    """An angle in (-pi, pi]: the shape is not the same when it is turned by half a turn."""
     return 2 * wrap_axis(angle / 2)
 
 
-def _at_bound(setup, result) -> torch.Tensor:
-    free = torch.as_tensor(setup.free[1:], device=result.u.device)
-    return (result.at_bound & free).any(1)
+def _free(problem: _LearnedProblem, result: LeastSquaresResult) -> torch.Tensor:
+    """Which coordinates and linear terms are free."""
+    free = list(problem.setup.free[1:])
+    free.append(problem.setup.free[0])  # the flux is last, walked to or solved for
+    free += [True] * (result.linear.shape[1] - 1)
+    return torch.as_tensor(free, device=result.u.device)
 
 
-def _covariance(result, setup) -> tuple[torch.Tensor, torch.Tensor]:
+def _covariance(
+    problem: _LearnedProblem, result: LeastSquaresResult
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of the curvature with what is fixed left out."""
-    free = torch.as_tensor(
-        [*setup.free[1:], *[True] * result.linear.shape[1]], device=result.u.device
-    )
-    mask = free.to(result.hessian.dtype)
+    mask = _free(problem, result).to(result.hessian.dtype)
     hessian = result.hessian * mask[:, None] * mask + torch.diag(1.0 - mask)
     inverse, _, bad = _invert(hessian)
     return inverse * mask[:, None] * mask, bad

@@ -220,11 +220,9 @@ class MAPFitter(Fitter):
 
     def _solve(self, setup, data, inv_sigma, psf, position):
         """One call for a shared PSF or PSFs of one kind; one for each kind otherwise."""
-        from galmorph._batchfit import fit_batch
-        from galmorph.models.learned import LearnedGalaxy2D
+        from galmorph._batchfit import engine_of
 
-        if isinstance(setup.model, LearnedGalaxy2D):
-            from galmorph._learnedfit import fit_learned_batch as fit_batch
+        fit_batch = engine_of(setup.model)
         if not isinstance(psf, list):
             return fit_batch(setup, data, inv_sigma, psf, position)
         kinds: dict[tuple, list[int]] = {}

@@ -49,8 +49,11 @@ class Stamps:
             theta = torch.where(mirrored, -theta, theta)
             theta = theta + torch.pi * (torch.rand(len(rows), generator=rng) < 0.5)
 
+            # most first geometries are good, some are not
+            rough = torch.where(torch.rand(len(rows), generator=rng) < 0.3, 3.0, 1.0)
+
             def jitter(width: float) -> torch.Tensor:
-                return width * torch.randn(len(rows), generator=rng)
+                return width * rough * torch.randn(len(rows), generator=rng)
 
             scale = r * q.sqrt()
             x, y = x + 0.05 * scale * jitter(1.0), y + 0.05 * scale * jitter(1.0)
@@ -59,8 +62,22 @@ class Stamps:
             q = (q * torch.exp(jitter(0.08))).clamp(0.05, 0.98)
             n = (n * torch.exp(jitter(0.2))).clamp(0.3, 7.0)
             flux = flux * torch.exp(jitter(0.1))
+            image, weight = noisier(image, weight, rng)
         first = Geometry(*(v.to(self.device) for v in (x, y, r, q, theta, n)))
         return (*(v.to(self.device) for v in (image, weight, fwhm)), first, flux.to(self.device))
+
+
+def noisier(
+    image: torch.Tensor, weight: torch.Tensor, rng: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stamps and weights, a third of them with up to ten times their noise in the sky."""
+    known = weight > 0
+    sky = torch.where(known, weight, torch.inf).flatten(1).median(1).values.reciprocal()
+    times = 10 ** torch.rand(len(image), generator=rng)
+    times = torch.where(torch.rand(len(image), generator=rng) < 1 / 3, times, 0.0)
+    added = (times * torch.nan_to_num(sky))[:, None, None]
+    image = torch.where(known, image + added * torch.randn(image.shape, generator=rng), image)
+    return image, torch.where(known, weight / torch.sqrt(1 + (added * weight).square()), 0.0)
 
 
 def evaluate(vae: CanonicalVAE, stamps: Stamps, batch_size: int) -> dict[str, float]:
@@ -85,6 +102,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--latents", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--warm-up", type=float, default=3.0, help="epochs of rising beta")
@@ -96,7 +115,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     train, valid = (Stamps(args.data, split, args.device) for split in (0, 1))
-    decoder = CanonicalDecoder(latent_dim=args.latents)
+    decoder = CanonicalDecoder(latent_dim=args.latents, hidden=args.hidden, features=args.features)
     vae = CanonicalVAE(decoder, StampEncoder(latent_dim=args.latents)).to(args.device)
     rng = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():  # gives the lazy layers their size

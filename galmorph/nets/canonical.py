@@ -6,6 +6,7 @@ function; the others bend the profile.  Where these are zero the galaxy is a Sé
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ class CanonicalDecoder(nn.Module):
     latent_dim : int
         Latents, index and axis ratio included.
     hidden : int
-        Units of the hidden layers.
+        Units of the hidden layers; with none what is missed is linear in the latents.
     features : int
-        Images from which what is missed is summed up.
+        Images from which what is missed is summed up; unused without hidden layers.
     index : tuple of float
         Mean and width of ln n where the first latent is standard normal.
     ratio : tuple of float
@@ -66,9 +67,9 @@ class CanonicalDecoder(nn.Module):
         }
         self.latent_dim = latent_dim
         self.index, self.ratio = tuple(index), tuple(ratio)
-        self.trunk = nn.ModuleList(
-            [nn.Linear(latent_dim, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, features)]
-        )
+        sizes = [latent_dim, hidden, hidden, features] if hidden else [latent_dim]
+        self.trunk = nn.ModuleList([nn.Linear(*pair) for pair in pairwise(sizes)])
+        features = sizes[-1]
         self.draw = nn.Linear(features, GRID * GRID, bias=False)
         nn.init.normal_(self.draw.weight, std=0.02)
         self.misfit_head = nn.Linear(features, knots)

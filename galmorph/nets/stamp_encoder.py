@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from galmorph.rendering.learned import GRID, Geometry, canonical_points
 
-__all__ = ["StampEncoder", "scalars_of", "see"]
+__all__ = ["StampEncoder", "corrected", "scalars_of", "see"]
 
 #: Of the geometry: shifts along the axes in half-light radii, d ln r, d theta.
 GEOMETRY = 4
@@ -111,4 +112,17 @@ def scalars_of(first: Geometry, fwhm: torch.Tensor) -> torch.Tensor:
             fwhm / (first.r * first.q),
         ],
         1,
+    )
+
+
+def corrected(first: Geometry, shift: torch.Tensor) -> Geometry:
+    """The first geometry with the encoder's corrections (B, 4); index and ratio stay."""
+    cos, sin = torch.cos(first.theta), torch.sin(first.theta)
+    along, across = shift[:, 0] * first.r, shift[:, 1] * first.r
+    return replace(
+        first,
+        x_0=first.x_0 + cos * along - sin * across,
+        y_0=first.y_0 + sin * along + cos * across,
+        r=first.r * torch.exp(shift[:, 2]),
+        theta=first.theta + shift[:, 3],
     )

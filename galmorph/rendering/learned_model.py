@@ -5,7 +5,7 @@ Parameters are flux, x_0, y_0, r_50, theta and the latents, in this order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from galmorph.psf import PSF
 from galmorph.rendering.canonical import light_and_radius
 from galmorph.rendering.learned import Geometry, LearnedRenderer
-from galmorph.rendering.transfer import make_transfer
+from galmorph.rendering.transfer import Transfer, make_transfer
 
 if TYPE_CHECKING:
     from galmorph.nets.canonical import CanonicalDecoder
@@ -24,6 +24,8 @@ __all__ = ["learned_grid", "learned_points", "profile_of", "to_profile"]
 
 # pixels around the stamp in which what the profile misses is drawn
 MARGIN = 8
+# samples in the half-light radius, at least, and samples a pixel, at most
+_SAMPLES, _FINEST = 3.2, 6
 
 
 def profile_of(
@@ -31,7 +33,11 @@ def profile_of(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Index, axis ratio, light and half-light radius (B,) of latents, in units of the profile's."""
     n, q = decoder.profile(z)
-    light, radius = light_and_radius(n, decoder.coefficients(z))
+    totals = [
+        light_and_radius(n[rows], decoder.coefficients(z[rows]))
+        for rows in torch.arange(len(z), device=z.device).split(4096)
+    ]
+    light, radius = (torch.cat(parts) for parts in zip(*totals, strict=True))
     return n, q, light, radius
 
 
@@ -52,31 +58,39 @@ def to_profile(
     return geometry, params[:, 0] / light, z
 
 
-def oversampling_for(r: torch.Tensor, q: torch.Tensor) -> int:
-    """Samples a pixel for profiles of these radii and ratios: four in the half-light radius."""
-    least = float((r * q.sqrt()).min().clamp_min(0.3))
-    return int(np.clip(np.ceil(4.0 / least), 1, 8))
+def sampling_for(r: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Samples a pixel for profiles of half-light radii and axis ratios (B,)."""
+    return torch.ceil(_SAMPLES / (r * q.sqrt()).clamp_min(1e-3)).clamp(1, _FINEST).long()
 
 
-def _draw(shape_, params, shape, psf, derivatives, device, dtype):
-    decoder = shape_.decoder(dtype, device)
-    tensor = torch.as_tensor(params, dtype=dtype, device=device)
-    geometry, flux, z = to_profile(decoder, tensor)
-    middle = tensor.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
-    drift = (tensor[:, 1:3] - middle).abs().amax(0).tolist()
-    pixel = psf is None
-    psf = PSF(np.ones((1, 1)), includes_pixel=False) if pixel else psf
-    transfer = make_transfer(
-        psf,
+def learned_transfer(
+    psf: PSF | Sequence[PSF] | None,
+    shape: tuple[int, int],
+    centre: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Transfer:
+    """The transfer for galaxies at centres (B, 2), with room around the stamp."""
+    middle = centre.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
+    drift = (centre - middle).abs().amax(0).tolist()
+    return make_transfer(
+        PSF(np.ones((1, 1)), includes_pixel=False) if psf is None else psf,
         shape,
         drift=(drift[1], drift[0]),
         margin=0.5 * max(shape) + 2 * MARGIN - max(drift),
         dtype=dtype,
         device=device,
     )
-    renderer = LearnedRenderer(
-        shape, transfer, oversampling=oversampling_for(geometry.r, geometry.q)
-    )
+
+
+def _draw(shape_, params, shape, psf, sampling, derivatives, device, dtype):
+    decoder = shape_.decoder(dtype, device)
+    tensor = torch.as_tensor(params, dtype=dtype, device=device)
+    geometry, flux, z = to_profile(decoder, tensor)
+    pixel = psf is None
+    transfer = learned_transfer(psf, shape, tensor[:, 1:3], dtype=dtype, device=device)
+    renderer = LearnedRenderer(shape, transfer, oversampling=sampling)
     if not derivatives:
         image = renderer.image(geometry, decoder.coefficients(z))
         if pixel:
@@ -92,6 +106,18 @@ def _draw(shape_, params, shape, psf, derivatives, device, dtype):
         columns[:, 0] * (flux / tensor[:, 0].where(tensor[:, 0] != 0, 1.0))[:, None, None]
     )
     return flux[:, None, None] * columns[:, 0], slopes
+
+
+def _alike(
+    network: LearnedShape, params: np.ndarray, rows: np.ndarray, size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Galaxies that are sampled alike, some at a time: one is drawn the same in any company."""
+    geometry, _, _ = to_profile(network.decoder(torch.float64), torch.as_tensor(params[rows]))
+    need = sampling_for(geometry.r, geometry.q).numpy()
+    for sampling in np.unique(need):
+        same = rows[need == sampling]
+        for i in range(0, same.size, size):
+            yield int(sampling), same[i : i + size]
 
 
 def columns_jacobian(
@@ -122,14 +148,17 @@ def log_slopes(decoder: CanonicalDecoder, z: torch.Tensor) -> torch.Tensor:
 
     By central differences: the growth curve has no closed inverse.
     """
-    batch, d = z.shape
+    d = z.shape[1]
     step = 1e-3
     wide = decoder_like(decoder, torch.float64)
     shifts = step * torch.eye(d, dtype=torch.float64, device=z.device)
-    points = z.double()[:, None, None] + torch.stack([shifts, -shifts])
-    logs = torch.log(torch.stack(profile_of(wide, points.reshape(-1, d)), 1))
-    logs = logs.unflatten(0, (batch, 2, d))
-    return ((logs[:, 0] - logs[:, 1]) / (2 * step)).transpose(1, 2).to(z.dtype)
+    slopes = []
+    for some in z.double().split(64):
+        points = some[:, None, None] + torch.stack([shifts, -shifts])
+        logs = torch.log(torch.stack(profile_of(wide, points.reshape(-1, d)), 1))
+        logs = logs.unflatten(0, (len(some), 2, d))
+        slopes.append(((logs[:, 0] - logs[:, 1]) / (2 * step)).transpose(1, 2))
+    return torch.cat(slopes).to(z.dtype)
 
 
 def decoder_like(decoder: CanonicalDecoder, dtype: torch.dtype) -> CanonicalDecoder:
@@ -222,15 +251,19 @@ def learned_grid(
     images = np.full((len(params), *shape), np.nan)
     slopes = np.full((*params.shape, *shape), np.nan) if derivatives else None
     usable = np.flatnonzero(np.isfinite(params).all(1))
-    # galaxies of like size together: each batch has one box and one sampling
-    usable = usable[np.argsort(params[usable, 3], kind="stable")]
     size = max(1, int(4e6 / (shape[0] * shape[1] * (params.shape[1] if derivatives else 4))))
     with torch.no_grad():
-        for i in range(0, usable.size, size):
-            rows = usable[i : i + size]
+        for sampling, rows in _alike(network, params, usable, size):
             own = psf if psf is None or isinstance(psf, PSF) else [psf[j] for j in rows]
             image, slope = _draw(
-                network, params[rows], shape, own, derivatives, device, getattr(torch, dtype)
+                network,
+                params[rows],
+                shape,
+                own,
+                sampling,
+                derivatives,
+                device,
+                getattr(torch, dtype),
             )
             images[rows] = image.cpu().numpy()
             if derivatives:

@@ -7,14 +7,14 @@ beyond the box are left in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from galmorph.nets.canonical import CanonicalDecoder
-from galmorph.nets.stamp_encoder import StampEncoder, scalars_of, see
+from galmorph.nets.stamp_encoder import StampEncoder, corrected, scalars_of, see
 from galmorph.rendering.fourier import FourierRenderer
 from galmorph.rendering.learned import (
     GRID,
@@ -124,28 +124,11 @@ class CanonicalVAE(nn.Module):
         self.decoder, self.encoder = decoder, encoder
         self.renderer = _FastRenderer(shape)
 
-    def encode(self, image, weight, fwhm, first: Geometry, flux):
-        """Posterior mean and std of the latents, and the corrected geometry without n and q."""
-        seen = see(image, weight, first, flux)
-        mean, std, shift = self.encoder(seen, scalars_of(first, fwhm))
-        cos, sin = torch.cos(first.theta), torch.sin(first.theta)
-        along, across = shift[:, 0] * first.r, shift[:, 1] * first.r
-        return (
-            mean,
-            std,
-            shift,
-            {
-                "x_0": first.x_0 + cos * along - sin * across,
-                "y_0": first.y_0 + sin * along + cos * across,
-                "r": first.r * torch.exp(shift[:, 2]),
-                "theta": first.theta + shift[:, 3],
-            },
-        )
-
-    def geometry(self, place_: dict[str, torch.Tensor], z: torch.Tensor) -> Geometry:
-        """The geometry with index and axis ratio from the latents."""
-        n, q = self.decoder.profile(z)
-        return Geometry(place_["x_0"], place_["y_0"], place_["r"], q, place_["theta"], n)
+    def encode(
+        self, image: torch.Tensor, weight: torch.Tensor, fwhm: torch.Tensor, first: Geometry, flux
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Posterior mean and std of the latents, and corrections of the geometry."""
+        return self.encoder(see(image, weight, first, flux), scalars_of(first, fwhm))
 
     def misfit(self, z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
         """Misfit as a fraction of the light at elliptical radii ``u`` (B, M)."""
@@ -170,9 +153,10 @@ class CanonicalVAE(nn.Module):
 
         ``noise`` (B, d) is what the latents are drawn with; none is the mean.
         """
-        mean, std, shift, place_ = self.encode(image, weight, fwhm, first, flux)
+        mean, std, shift = self.encode(image, weight, fwhm, first, flux)
         z = mean if noise is None else mean + std * noise
-        geometry = self.geometry(place_, z)
+        n, q = self.decoder.profile(z)
+        geometry = replace(corrected(first, shift), n=n, q=q)
         drawn, u = self.renderer(geometry, self.decoder.coefficients(z), fwhm)
         data, known = image.flatten(1), weight.flatten(1)
         drawn = drawn.flatten(1)
