@@ -16,7 +16,10 @@ __all__ = ["Guess", "WindowTemplates", "first_guess"]
 
 @dataclass
 class Guess:
-    """First guesses, each of shape (B,): pixels, and eta = -ln(q) (cos, sin)(2 theta)."""
+    """First guesses, each of shape (B,): pixels, and eta = -ln(q) (cos, sin)(2 theta).
+
+    The flux is above the background, of which ``level`` was taken away first.
+    """
 
     x_0: torch.Tensor
     y_0: torch.Tensor
@@ -24,6 +27,8 @@ class Guess:
     n: torch.Tensor
     eta1: torch.Tensor
     eta2: torch.Tensor
+    flux: torch.Tensor
+    level: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def first_guess(
     """
     ny, nx = data.shape[1:]
     sigma = templates.sigma
+    level = torch.zeros_like(data[:, 0, 0])
     if background:
         level = _border_level(data, usable)
         data = data - level[:, None, None]
@@ -162,7 +168,7 @@ def first_guess(
         return ((filled @ along.transpose(1, 2)) * across.transpose(1, 2)).sum(1)
 
     sums = moment(0, 0)
-    best = _best_template(sums, templates, background)
+    best, flux = _best_template(sums, templates, background)
     r, n = templates.r[best], templates.n[best]
     # the window nearest to the apparent size
     apparent = torch.sqrt((0.85 * r) ** 2 + templates.psf_sigma**2)
@@ -170,7 +176,7 @@ def first_guess(
     total = sums.gather(1, k)[:, 0].clamp_min(1e-6)
     mxx, myy, mxy = (moment(*p).gather(1, k)[:, 0] / total for p in ((2, 0), (0, 2), (1, 1)))
     eta1, eta2 = _shape(mxx, myy, mxy, sigma[k[:, 0]], templates.psf_sigma)
-    return Guess(x_0, y_0, r, n, eta1, eta2)
+    return Guess(x_0, y_0, r, n, eta1, eta2, flux, level)
 
 
 def _border_level(data: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
@@ -186,8 +192,8 @@ def _border_level(data: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
 
 def _best_template(
     sums: torch.Tensor, templates: WindowTemplates, background: bool
-) -> torch.Tensor:
-    """The template that fits the sums best, by least squares in white noise."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The template that fits the sums best, by least squares in white noise, and its flux."""
     s2 = templates.sigma.double() ** 2
     overlap = s2[:, None] * s2 / (s2[:, None] + s2)
     overlap = overlap + 1e-3 * torch.diag(torch.diagonal(overlap))
@@ -197,8 +203,9 @@ def _best_template(
         flat = white @ (templates.sigma**2)
         flat = flat / flat.norm()
         y, t = y - (y @ flat)[:, None] * flat, t - (t @ flat)[:, None] * flat
-    projection = (y @ t.T) / t.norm(dim=1).clamp_min(1e-12)
-    return projection.argmax(1)
+    norm = t.norm(dim=1).clamp_min(1e-12)
+    largest, best = ((y @ t.T) / norm).max(1)
+    return best, largest / norm[best]
 
 
 def _shape(mxx, myy, mxy, sigma, psf_sigma):

@@ -99,11 +99,13 @@ class _LearnedProblem:
         coefficients, directions = self.decoder.linearise(z)
         columns = self.renderer.rows(rows).columns(geometry, coefficients, directions)
         end = 4 + self.d
-        chain = u.new_zeros((len(u), 6 + self.d, u.shape[1]))
+        bending = self.decoder.bending
+        chain = u.new_zeros((len(u), 6 + len(bending), u.shape[1]))
         chain[:, 0, 0] = chain[:, 1, 1] = chain[:, 2, 2] = chain[:, 4, 3] = 1.0
         chain[:, 5, 4] = self.decoder.index[1]
         chain[:, 3, 5] = self.decoder.ratio[1] * (1.0 - geometry.q)
-        chain[:, 6:, 4:end] = torch.eye(self.d, dtype=u.dtype, device=u.device)
+        for i, latent in enumerate(bending):
+            chain[:, 6 + i, 4 + latent] = 1.0
         made = Linearisation(columns=columns.flatten(2), chain=chain)
         if self.exact_size or self.walks_flux:
             by_z = log_slopes(self.wide, u[:, 4:end])

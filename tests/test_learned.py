@@ -32,18 +32,20 @@ def psf():
     return gaussian_psf()
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture(scope="module", params=[16, 0], ids=["hidden", "linear"])
+def small(request):
     """An untrained network with structure: what it draws is smooth and far from Sérsic."""
     from galmorph.nets.learned import LearnedShape, galmorph_preset
 
     torch.manual_seed(3)
-    vae = galmorph_preset(latent_dim=5, hidden=16, features=8)
+    vae = galmorph_preset(latent_dim=5, hidden=request.param, features=8)
+    count = vae.decoder.draw.in_features
     with torch.no_grad():
         maps = torch.nn.functional.interpolate(
-            torch.randn(8, 1, 7, 7), size=(48, 48), mode="bicubic", align_corners=True
+            torch.randn(count, 1, 7, 7), size=(48, 48), mode="bicubic", align_corners=True
         )
-        vae.decoder.draw.weight.copy_(3.0 * maps.reshape(8, -1).T)
+        maps = (3.0 if request.param else 0.3) * maps
+        vae.decoder.draw.weight.copy_(maps.reshape(count, -1).T)
     return LearnedShape(vae)
 
 

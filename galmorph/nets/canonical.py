@@ -101,8 +101,19 @@ class CanonicalDecoder(nn.Module):
         """Misfit as a fraction of the light at the knots, (B, knots)."""
         return 0.003 + torch.nn.functional.softplus(self.misfit_head(self._features(z)))
 
+    @property
+    def bending(self) -> range:
+        """Latents by which what is missed changes: without hidden layers not the first two."""
+        return range(0 if self.trunk else 2, self.latent_dim)
+
     def linearise(self, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Coefficients (B, GRID, GRID) and their derivatives (B, d, GRID, GRID)."""
+        """Coefficients (B, GRID, GRID), and their derivatives by the latents that bend.
+
+        (B, k, GRID, GRID), or (1, k, GRID, GRID) where these are the same for all galaxies.
+        """
+        if not self.trunk:
+            maps = centred(self.draw.weight.T.unflatten(1, (GRID, GRID)))[2:]
+            return torch.tensordot(z[:, 2:], maps, 1), maps[None]
         value, tangents = self._with_tangents(z, slice(None))
         nested, nested_tangents = self._with_tangents(self._nested(z), slice(0, 2))
         tangents = tangents.clone()

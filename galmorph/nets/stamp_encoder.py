@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +16,9 @@ __all__ = ["StampEncoder", "corrected", "scalars_of", "see"]
 
 #: Of the geometry: shifts along the axes in half-light radii, d ln r, d theta.
 GEOMETRY = 4
+#: The same for `PosteriorEncoder`: shifts in half-light radii, the rest differences.
+UNKNOWN = ("along", "across", "ln r_50", "theta", "ln flux")
+_UNITS = torch.tensor([0.1, 0.1, 0.2, 0.3, 0.2])
 
 
 class StampEncoder(nn.Module):
@@ -81,6 +86,91 @@ class StampEncoder(nn.Module):
         d = self.latent_dim
         std = torch.nn.functional.softplus(out[:, d : 2 * d] - 0.5).clamp_min(1e-3)
         return out[:, :d], std, 0.3 * torch.tanh(out[:, 2 * d :])
+
+
+class PosteriorEncoder(nn.Module):
+    """Normal distribution, with all covariances, of geometry, flux and latents from an image.
+
+    Parameters
+    ----------
+    latent_dim : int
+    channels : tuple of int
+        Of three convolutions, each with stride 2.
+    hidden : int
+        Units of the hidden layers.
+    scalars : int
+        Numbers that are given beside the image.
+
+    Notes
+    -----
+    What it tells are corrections of a first geometry, `UNKNOWN` of them, and the latents.
+    """
+
+    def __init__(
+        self,
+        *,
+        latent_dim: int = 16,
+        channels: tuple[int, int, int] = (32, 64, 96),
+        hidden: int = 384,
+        scalars: int = 5,
+    ) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "latent_dim": latent_dim,
+            "channels": tuple(channels),
+            "hidden": hidden,
+            "scalars": scalars,
+        }
+        self.latent_dim = latent_dim
+        self.size = size = len(UNKNOWN) + latent_dim
+        pairs = pairwise((3, *channels))
+        self.convolutions = nn.ModuleList(
+            [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs]
+        )
+        side = (GRID + 7) // 8
+        self.first = nn.Linear(channels[-1] * side * side, hidden)
+        self.second = nn.Linear(hidden + scalars, hidden)
+        self.third = nn.Linear(hidden, hidden)
+        self.mean = nn.Linear(hidden, size)
+        self.factor = nn.Linear(hidden, size * (size + 1) // 2)
+        nn.init.normal_(self.mean.weight, std=0.01)
+        nn.init.normal_(self.factor.weight, std=0.001)
+        nn.init.zeros_(self.factor.bias)
+        low = torch.tril_indices(size, size)
+        self.register_buffer("_low", low[0] * size + low[1], persistent=False)
+        self.register_buffer("_unit", _UNITS.new_ones(size), persistent=False)
+        self._unit[: len(UNKNOWN)] = _UNITS
+
+    def forward(
+        self, image: torch.Tensor, scalars: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean (B, U) and the inverse of the Cholesky factor of the covariance (B, U, U).
+
+        Parameters
+        ----------
+        image : tensor, shape (B, 3, G, G)
+        scalars : tensor, shape (B, scalars)
+        """
+        silu = torch.nn.functional.silu
+        h = image
+        for layer in self.convolutions:
+            h = silu(layer(h))
+        h = silu(self.first(h.flatten(1)))
+        h = silu(self.second(torch.cat([h, scalars], 1)))
+        h = h + silu(self.third(h))
+        out = self.factor(h)
+        white = out.new_zeros((len(out), self.size * self.size)).index_copy(1, self._low, out)
+        white = white.unflatten(1, (self.size, self.size))
+        diagonal = torch.diagonal(white, dim1=1, dim2=2)
+        white = white - torch.diag_embed(diagonal - torch.exp(diagonal.clamp(-8, 8)))
+        return self.mean(h) * self._unit, white / self._unit
+
+
+def log_density(mean: torch.Tensor, white: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the density (B,) of what `PosteriorEncoder` tells, at values (B, U)."""
+    rest = (white @ (value - mean)[..., None])[..., 0]
+    log_det = torch.log(torch.diagonal(white, dim1=1, dim2=2)).sum(1)
+    return log_det - 0.5 * rest.square().sum(1) - 0.5 * mean.shape[1] * np.log(2 * np.pi)
 
 
 def see(

@@ -165,28 +165,32 @@ class _Spline:
         iy = place_y.detach().floor().clamp(1, GRID - 3)
         self.wx, self.sx = _basis(place_x - ix)
         self.wy, self.sy = _basis(place_y - iy)
-        first = (iy.long() - 1) * GRID + ix.long() - 1 + row * (GRID * GRID)
+        first = (iy.long() - 1) * GRID + ix.long() - 1
         four = torch.arange(4, device=points.device)
-        self.index = first[:, None] + (four[:, None] * GRID + four).reshape(-1)
+        self._taps = first[:, None] + (four[:, None] * GRID + four).reshape(-1)
+        self._row = (row * (GRID * GRID))[:, None]
+        self._weights = (self.wy[:, :, None] * self.wx[:, None, :]).reshape(-1, 16)
 
     @staticmethod
     def _outer(wy: torch.Tensor, wx: torch.Tensor) -> torch.Tensor:
         return (wy[:, :, None] * wx[:, None, :]).reshape(-1, 16)
 
     def value(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """Splines (P, K) of coefficients (B, K, GRID, GRID)."""
+        """Splines (P, K) of coefficients (B, K, GRID, GRID), or (1, K, ...) for all galaxies."""
         table = coefficients.flatten(2).transpose(1, 2).reshape(-1, coefficients.shape[1])
+        index = self._taps if coefficients.shape[0] == 1 else self._taps + self._row
         return torch.nn.functional.embedding_bag(
-            self.index, table, per_sample_weights=self._outer(self.wy, self.wx), mode="sum"
+            index, table, per_sample_weights=self._weights, mode="sum"
         )
 
-    def gradient(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """d/dp_x and d/dp_y (P,) of one spline a galaxy, (B, GRID, GRID)."""
-        taps = coefficients.reshape(-1)[self.index]
+    def one(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Value, d/dp_x and d/dp_y (P,) of one spline a galaxy, (B, GRID, GRID)."""
+        taps = coefficients.reshape(-1)[self._taps + self._row]
+        value = (taps * self._weights).sum(1)
         by_x = (taps * self._outer(self.wy, self.sx)).sum(1)
         by_y = (taps * self._outer(self.sy, self.wx)).sum(1)
         across = (by_x * self.px + by_y * self.py) * self.dh
-        return by_x * self.h + across * self.px, by_y * self.h + across * self.py
+        return value, by_x * self.h + across * self.px, by_y * self.h + across * self.py
 
 
 class LearnedRenderer:
@@ -259,7 +263,7 @@ class LearnedRenderer:
         geometry : Geometry
         coefficients : tensor, shape (B, GRID, GRID)
             Of R, from `centred`.
-        directions : tensor, shape (B, K, GRID, GRID)
+        directions : tensor, shape (B or 1, K, GRID, GRID)
             Derivatives of these coefficients by latents.
 
         Returns
@@ -275,9 +279,8 @@ class LearnedRenderer:
         points, row, cell = samples.inside(geometry)
         light, power = _profile(geometry, points, row)
         spline = _Spline(points, row)
-        splines = spline.value(torch.cat([coefficients[:, None], directions], 1))
-        by_px, by_py = spline.gradient(coefficients)
-        times = torch.exp(splines[:, 0])
+        value, by_px, by_py = spline.one(coefficients)
+        times = torch.exp(value)
         full = light * times
         misses = full - light
         px, py = points.unbind(-1)
@@ -317,7 +320,7 @@ class LearnedRenderer:
             ],
             1,
         )
-        maps = torch.cat([maps, full[:, None] * splines[:, 1:]], 1)
+        maps = torch.cat([maps, full[:, None] * spline.value(directions)], 1)
         drawn = self._to_pixels(samples, maps, cell)
         drawn[:, :7] += profile
         return drawn

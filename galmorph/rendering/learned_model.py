@@ -125,12 +125,12 @@ def columns_jacobian(
 ) -> torch.Tensor:
     """From parameters (without flux) to the columns of the renderer, in units of the flux.
 
-    (B, 7 + d, P): columns are the image, x_0, y_0, ln r, ln q, theta, ln n and latents.
+    (B, 7 + k, P): columns are the image, x_0, y_0, ln r, ln q, theta, ln n and what bends.
     """
     z = params[:, 5:]
-    batch, d = z.shape
+    batch = len(z)
     by_z = log_slopes(decoder, z)  # d(ln n, ln q, ln light, ln radius) / dz
-    jacobian = params.new_zeros((batch, 7 + d, params.shape[1]))
+    jacobian = params.new_zeros((batch, 7 + len(decoder.bending), params.shape[1]))
     jacobian[:, 1, 1] = 1.0
     jacobian[:, 2, 2] = 1.0
     jacobian[:, 3, 3] = 1.0 / params[:, 3]
@@ -139,7 +139,8 @@ def columns_jacobian(
     jacobian[:, 4, 5:] = by_z[:, 1]
     jacobian[:, 0, 5:] = -by_z[:, 2]
     jacobian[:, 3, 5:] = -by_z[:, 3]
-    jacobian[:, 7:, 5:] = torch.eye(d, dtype=params.dtype, device=params.device)
+    for i, latent in enumerate(decoder.bending):
+        jacobian[:, 7 + i, 5 + latent] = 1.0
     return jacobian
 
 

@@ -1,0 +1,185 @@
+"""Galaxies drawn from the learned model, on which the posterior encoder is trained.
+
+A network that is trained to tell the parameters of simulated galaxies from their images, by the
+density that it gives to the true ones, learns the posterior (Papamakarios & Murray 2016).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from galmorph._batchfit import _window_templates
+from galmorph._guess import first_guess
+from galmorph.nets.canonical import CanonicalDecoder
+from galmorph.psf import PSF
+from galmorph.rendering.learned import Geometry
+from galmorph.rendering.learned_model import profile_of
+from galmorph.training.canonical import _FastRenderer
+
+__all__ = ["Simulated", "Simulator", "unknowns"]
+
+
+@dataclass
+class Simulated:
+    """Stamps and what they were made of; the geometry has r_50 for r."""
+
+    image: torch.Tensor
+    weight: torch.Tensor
+    fwhm: torch.Tensor
+    geometry: Geometry
+    flux: torch.Tensor
+    z: torch.Tensor
+
+    def __getitem__(self, rows: torch.Tensor) -> Simulated:
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        place = parts.pop("geometry")
+        place = Geometry(*(getattr(place, f.name)[rows] for f in fields(place)))
+        return Simulated(geometry=place, **{k: v[rows] for k, v in parts.items()})
+
+
+class Simulator:
+    """Draws galaxies from the prior of the latents on noisy stamps.
+
+    Parameters
+    ----------
+    decoder : CanonicalDecoder
+    prior : callable
+        ``prior()`` is a torch distribution of latents.
+    shape : tuple of int
+        (ny, nx).
+    """
+
+    def __init__(self, decoder: CanonicalDecoder, prior, shape: tuple[int, int] = (64, 64)) -> None:
+        self.decoder, self.prior, self.shape = decoder, prior, shape
+        self.renderer = _FastRenderer(shape)
+
+    @torch.no_grad()
+    def draw(self, count: int, rng: torch.Generator) -> Simulated:
+        """Some galaxies, all with one PSF."""
+
+        def between(low: float, high: float, size: int = count) -> torch.Tensor:
+            return low + (high - low) * torch.rand(size, generator=rng)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
+            z = self.prior().sample((count,))
+        z = z.clamp(-6, 6)
+        n, q = self.decoder.profile(z)
+        _, _, light, radius = profile_of(self.decoder, z)
+        fwhm = torch.exp(between(np.log(1.2), np.log(6.0), 1)).expand(count)
+        size = torch.exp(between(np.log(0.8), np.log(9.0)))
+        r_50 = (size / q.sqrt()).clamp_max(0.3 * min(self.shape))
+        middle = 0.5 * (self.shape[1] - 1), 0.5 * (self.shape[0] - 1)
+        geometry = Geometry(
+            x_0=middle[0] + between(-1.5, 1.5),
+            y_0=middle[1] + between(-1.5, 1.5),
+            r=r_50 / radius,
+            q=q,
+            theta=between(-np.pi, np.pi),
+            n=n,
+        )
+        unit, _ = self.renderer(geometry, self.decoder.coefficients(z), fwhm)
+        # the first of the two is the S/N where the sky is all the noise there is
+        snr = torch.exp(between(np.log(8.0), np.log(1500.0)))
+        flux = snr / unit.square().sum((1, 2)).sqrt().clamp_min(1e-9)
+        shot = torch.where(torch.rand(count, generator=rng) < 0.3, between(0.0, 0.2), 0.0)
+        clean = flux[:, None, None] * unit
+        sigma = torch.sqrt(1.0 + shot[:, None, None] * clean.clamp_min(0))
+        image = clean + sigma * torch.randn(clean.shape, generator=rng)
+        weight = (1.0 / sigma) * self._known(count, rng)
+        ok = torch.isfinite(image).all(2).all(1)
+        made = Simulated(
+            image * (weight > 0), weight, fwhm, replace(geometry, r=r_50), flux * light, z
+        )
+        return made[torch.nonzero(ok)[:, 0]]
+
+    def _known(self, count: int, rng: torch.Generator) -> torch.Tensor:
+        """Zero where neighbours are masked: up to three discs, in a third of the stamps."""
+        ny, nx = self.shape
+        y, x = torch.meshgrid(torch.arange(ny), torch.arange(nx), indexing="ij")
+        known = torch.ones(count, ny, nx)
+        some = torch.rand(count, generator=rng) < 0.35
+        for _ in range(3):
+            angle = 2 * np.pi * torch.rand(count, generator=rng)
+            far = 8 + 26 * torch.rand(count, generator=rng)
+            radius = 1 + 6 * torch.rand(count, generator=rng)
+            dx = x - (0.5 * nx + far * torch.cos(angle))[:, None, None]
+            dy = y - (0.5 * ny + far * torch.sin(angle))[:, None, None]
+            hit = (dx * dx + dy * dy < radius[:, None, None] ** 2) & some[:, None, None]
+            known = torch.where(hit, 0.0, known)
+        return known
+
+    @torch.no_grad()
+    def first(self, made: Simulated, rng: torch.Generator) -> tuple[Geometry, torch.Tensor]:
+        """First geometries and fluxes: half of them guessed, half near the truth."""
+        count = len(made.z)
+        guess = self._guess(made, rng)
+
+        def near(value: torch.Tensor, width: float) -> torch.Tensor:
+            rough = torch.where(torch.rand(count, generator=rng) < 0.3, 3.0, 1.0)
+            return value + width * rough * torch.randn(count, generator=rng)
+
+        true = made.geometry
+        scale = (true.r * true.q.sqrt()).clamp_min(1.0)
+        close = [
+            true.x_0 + scale * near(torch.zeros(count), 0.03),
+            true.y_0 + scale * near(torch.zeros(count), 0.03),
+            true.r * torch.exp(near(torch.zeros(count), 0.06)),
+            (true.q * torch.exp(near(torch.zeros(count), 0.06))).clamp(0.05, 0.98),
+            near(true.theta, 0.08),
+            (true.n * torch.exp(near(torch.zeros(count), 0.1))).clamp(0.3, 7.0),
+            made.flux * torch.exp(near(torch.zeros(count), 0.05)),
+        ]
+        use = torch.rand(count, generator=rng) < 0.5
+        *place, flux = (torch.where(use, a, b) for a, b in zip(guess, close, strict=True))
+        return Geometry(*place), flux
+
+    def _guess(self, made: Simulated, rng: torch.Generator) -> list[torch.Tensor]:
+        sigma = float(made.fwhm[0]) / 2.3548
+        half = int(np.ceil(4 * sigma)) + 1
+        y, x = np.mgrid[-half : half + 1, -half : half + 1]
+        psf = PSF(np.exp(-0.5 * (x**2 + y**2) / sigma**2))
+        guess = first_guess(
+            made.image,
+            made.weight > 0,
+            _window_templates(psf, sigma, self.shape, made.image),
+            position=torch.full((len(made.z), 2), torch.nan),
+            limit=max(4.0, 1.5 * sigma),
+            background=True,
+        )
+        return list(from_guess(guess, made.geometry.theta))
+
+
+def from_guess(guess, theta: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    """x_0, y_0, r, q, theta, n and flux of a guess; the angle in the half turn around ``theta``."""
+    g = torch.hypot(guess.eta1, guess.eta2)
+    angle = 0.5 * torch.atan2(guess.eta2, guess.eta1)
+    if theta is not None:
+        angle = theta - torch.remainder(theta - angle + 0.5 * np.pi, np.pi) + 0.5 * np.pi
+    return (
+        guess.x_0,
+        guess.y_0,
+        guess.r * torch.exp(0.5 * g),
+        torch.exp(-g).clamp(0.05, 0.98),
+        angle,
+        guess.n.clamp(0.3, 7.0),
+        guess.flux.clamp_min(1e-6),
+    )
+
+
+def unknowns(made: Simulated, first: Geometry, flux: torch.Tensor) -> torch.Tensor:
+    """What `PosteriorEncoder` should tell, (B, 5 + d)."""
+    true = made.geometry
+    dx, dy = true.x_0 - first.x_0, true.y_0 - first.y_0
+    cos, sin = torch.cos(first.theta), torch.sin(first.theta)
+    place = [
+        (cos * dx + sin * dy) / first.r,
+        (cos * dy - sin * dx) / first.r,
+        torch.log(true.r / first.r),
+        torch.remainder(true.theta - first.theta + np.pi, 2 * np.pi) - np.pi,
+        torch.log(made.flux / flux),
+    ]
+    return torch.cat([torch.stack(place, 1), made.z], 1)
