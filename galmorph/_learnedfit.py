@@ -1,14 +1,14 @@
 """Fitting a batch of stamps with a learned galaxy, in torch.
 
 The fit walks in the centre, ln r of the Sérsic profile, the angle and the latents; flux and
-background are solved for.  It starts from a Sérsic fit, with the latents of the encoder.
+background are solved for.  It starts from a Sérsic fit, which is nested in the learned galaxy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +28,6 @@ from galmorph.inference.least_squares import (
     levenberg_marquardt,
 )
 from galmorph.models.sersic import SersicGalaxy2D
-from galmorph.nets.stamp_encoder import corrected, scalars_of, see
 from galmorph.priors import INDEX_PRIOR
 from galmorph.psf import PSF
 from galmorph.rendering.learned import Geometry, LearnedRenderer
@@ -50,7 +49,9 @@ _ANGLE_WIDTH = 1.8
 # added to -2 ln of the prior so that it is a sum of squares
 _PRIOR_OFFSET = 1e3
 # galaxies that are worked on at once: their maps should stay in the cache
-_WINDOW = 8
+_WINDOW = 4
+# steps in radii, in ln r or radians, and in latents, that leave derivatives as they are
+_SMALL_STEP, _SMALL_BEND = 0.03, 0.3
 
 
 class _LearnedProblem:
@@ -76,12 +77,14 @@ class _LearnedProblem:
         self.exact_size, self.walks_flux = "r_50" in asked, "flux" in asked
         self.linear_amplitude = not self.walks_flux
         self.d = self.network.latent_dim
+        # of galaxies that are worked on: coordinates, and columns of the latents there
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def rows(self, rows: torch.Tensor, renderer: LearnedRenderer) -> _LearnedProblem:
         """The problem of some galaxies, with their renderer."""
         other = copy(self)
         other.data, other.weight = self.data[rows], self.weight[rows]
-        other.scale, other.renderer = self.scale[rows], renderer
+        other.scale, other.renderer, other._kept = self.scale[rows], renderer, {}
         return other
 
     def split(self, u: torch.Tensor) -> tuple[Geometry, torch.Tensor]:
@@ -96,8 +99,7 @@ class _LearnedProblem:
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
         geometry, z = self.split(u)
-        coefficients, directions = self.decoder.linearise(z)
-        columns = self.renderer.rows(rows).columns(geometry, coefficients, directions)
+        columns = self._columns(u, rows, geometry, z)
         end = 4 + self.d
         bending = self.decoder.bending
         chain = u.new_zeros((len(u), 6 + len(bending), u.shape[1]))
@@ -106,7 +108,7 @@ class _LearnedProblem:
         chain[:, 3, 5] = self.decoder.ratio[1] * (1.0 - geometry.q)
         for i, latent in enumerate(bending):
             chain[:, 6 + i, 4 + latent] = 1.0
-        made = Linearisation(columns=columns.flatten(2), chain=chain)
+        made = Linearisation(columns=columns, chain=chain)
         if self.exact_size or self.walks_flux:
             by_z = log_slopes(self.wide, u[:, 4:end])
             if self.exact_size:
@@ -119,6 +121,45 @@ class _LearnedProblem:
                 made.amplitude_chain[:, end] = 1.0 / light
         made.penalty, made.penalty_chain = self._penalties(u, rows)
         return made
+
+    def _columns(
+        self, u: torch.Tensor, rows: torch.Tensor, geometry: Geometry, z: torch.Tensor
+    ) -> torch.Tensor:
+        """Images and derivatives (b, 7 + k, npix).
+
+        Those by the latents are most of the work and change little: they are drawn again only
+        after a step that is not small.
+        """
+        coefficients, directions = self.decoder.linearise(z)
+        before, self._kept = self._kept, {}
+        keys = rows.tolist()
+        again = torch.ones(len(keys), dtype=torch.bool, device=u.device)
+        for i, key in enumerate(keys):
+            if key in before:
+                self._kept[key] = before[key]
+                again[i] = self._moved(u[i], before[key][0])
+        columns = self.data.new_empty((len(keys), 7 + directions.shape[1], self.data.shape[1]))
+        for these, wanted in ((again, directions), (~again, directions[:, :0])):
+            here = torch.nonzero(these)[:, 0]
+            if not here.numel():
+                continue
+            place = Geometry(*(getattr(geometry, f.name)[here] for f in fields(geometry)))
+            own = wanted if wanted.shape[0] == 1 else wanted[here]
+            drawn = self.renderer.rows(rows[here]).columns(place, coefficients[here], own)
+            columns[here, : drawn.shape[1]] = drawn.flatten(2)
+        for i, key in enumerate(keys):
+            if again[i]:
+                self._kept[key] = u[i].clone(), columns[i, 7:].clone()
+            else:
+                columns[i, 7:] = self._kept[key][1]
+        return columns
+
+    def _moved(self, u: torch.Tensor, before: torch.Tensor) -> bool:
+        """Whether a step was so long that the derivatives by the latents have changed."""
+        step = (u - before).abs()
+        size = torch.exp(before[2])
+        geometry = torch.stack([step[:2].max() / size, step[2], step[3]]).max()
+        return bool(geometry > _SMALL_STEP) or bool(step[4 : 4 + self.d].max() > _SMALL_BEND)
 
     def _penalties(self, u: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the latents' prior, of the angle's, and of those that the user gave."""
@@ -229,15 +270,8 @@ def fit_learned_batch(
     for name in ("x_0", "y_0"):
         sersic.bounds[name] = setup.bounds[name]
     first = fit_batch(sersic, data, inv_sigma, psf, position, covariance=False)
-    nested, seen = _starts(problem, first, solve.psfs, shape)
-    middle = nested[:, :2]
-    result = solve(solve.better_of(seen, nested), middle)
-    # whatever the network has learned, the Sérsic profile is nested in it
-    worse = torch.nonzero(result.chi2 > torch.as_tensor(first.chi2, device=device) + problem.d)[
-        :, 0
-    ]
-    if worse.numel():
-        _keep_better(result, solve(nested[worse], middle[worse], worse), worse)
+    nested = _nested(problem, first)
+    result = solve(nested, nested[:, :2])
     return _summarise(problem, result)
 
 
@@ -247,16 +281,6 @@ class _Solver:
     def __init__(self, problem: _LearnedProblem, psf, shape: tuple[int, int]) -> None:
         self.problem, self.shape = problem, shape
         self.psfs = [psf] if isinstance(psf, PSF) else list(psf or [])
-
-    def better_of(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        """Of two starts for each galaxy the one with the lower cost."""
-        costs = []
-        for u in (first, second):
-            cost = u.new_empty(len(u))
-            for rows, problem in self._parts(u, torch.arange(len(u), device=u.device)):
-                cost[rows] = costs_at(problem, u[rows])
-            costs.append(cost)
-        return torch.where((costs[0] < costs[1])[:, None], first, second)
 
     def __call__(
         self,
@@ -313,31 +337,6 @@ class _Solver:
         )
 
 
-def costs_at(problem: _LearnedProblem, u: torch.Tensor) -> torch.Tensor:
-    """Chi-square plus penalties at coordinates, flux and background solved for."""
-    geometry, z = problem.split(u)
-    image = problem.renderer.image(geometry, problem.decoder.coefficients(z)).flatten(1)
-    rows = torch.arange(len(u), device=u.device)
-    weight = problem.weight
-    templates = problem.templates.expand(len(u), -1, -1)
-    columns = (torch.cat([image[:, None], templates], 1) * weight[:, None]).to(_WIDE)
-    rest = (problem.data * weight).to(_WIDE)
-    gram = columns @ columns.transpose(1, 2)
-    gram = gram + 1e-9 * torch.diag_embed(torch.diagonal(gram, dim1=1, dim2=2) + 1e-30)
-    right = (columns @ rest[..., None])[..., 0]
-    linear = torch.linalg.solve(gram, right)
-    chi2 = rest.square().sum(1) - (linear * right).sum(1)
-    chi2 = torch.where(linear[:, 0] > 0, chi2, torch.inf)
-    penalty, _ = problem._penalties(u, rows)
-    return torch.nan_to_num(chi2 + penalty.square().sum(1), nan=torch.inf)
-
-
-def _keep_better(result: LeastSquaresResult, other: LeastSquaresResult, rows) -> None:
-    better = torch.nonzero(other.cost < result.cost[rows])[:, 0]
-    for name, value in vars(other).items():
-        getattr(result, name)[rows[better]] = value[better]
-
-
 def _from_params(problem: _LearnedProblem, params: torch.Tensor) -> torch.Tensor:
     """Coordinates of parameters (B, P)."""
     ln_r = torch.log(params[:, 3].clamp_min(1e-3))
@@ -349,54 +348,18 @@ def _from_params(problem: _LearnedProblem, params: torch.Tensor) -> torch.Tensor
     return u
 
 
-def _starts(problem, first, psfs, shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Coordinates of the fitted Sérsic profile, and as the encoder sees the galaxy."""
-    setup, decoder = problem.setup, problem.wide
+def _nested(problem: _LearnedProblem, first: BatchResult) -> torch.Tensor:
+    """Coordinates of fitted Sérsic profiles."""
+    decoder = problem.wide
     params = torch.as_tensor(first.params, dtype=_WIDE, device=problem.data.device)
     q = (1 - params[:, 5]).clamp(0.03, 0.97)
     z = params.new_zeros((len(params), problem.d))
     z[:, 0] = ((torch.log(params[:, 4]) - decoder.index[0]) / decoder.index[1]).clamp(-3, 3)
     z[:, 1] = ((torch.log(q / (1 - q)) - decoder.ratio[0]) / decoder.ratio[1]).clamp(-3, 3)
-    nested = torch.cat([params[:, 1:3], torch.log(params[:, 3:4]), params[:, 6:7], z], 1)
-    seen = nested.clone()
-    image = problem.data.unflatten(1, shape)
-    dtype = image.dtype
-    if first.background.shape[1]:
-        level = torch.as_tensor(first.background[:, 0], device=image.device) / problem.scale
-        image = image - level.to(dtype)[:, None, None]
-    sigma = torch.as_tensor([p.sigma for p in psfs] or [0.3], dtype=dtype, device=image.device)
-    fwhm = (2.3548 * sigma).expand(len(params)).contiguous()
-    n, q = params[:, 4].clamp(0.3, 7.0), (1 - params[:, 5]).clamp(0.05, 0.98)
-    geometry = Geometry(
-        *(v.to(dtype) for v in (params[:, 1], params[:, 2], params[:, 3], q, params[:, 6], n))
-    )
-    flux = (params[:, 0] / problem.scale).to(dtype).clamp_min(1e-6)
-    weight = problem.weight.unflatten(1, shape)
-    mean, _, shift = problem.network.encoder(
-        see(image, weight, geometry, flux), scalars_of(geometry, fwhm)
-    )
-    place = corrected(geometry, shift)
-    usable = torch.isfinite(mean).all(1) & torch.isfinite(shift).all(1)
-    told = torch.cat(
-        [
-            place.x_0[:, None],
-            place.y_0[:, None],
-            place.r.log()[:, None],
-            place.theta[:, None],
-            mean,
-        ],
-        1,
-    )
-    seen[usable] = told[usable].to(_WIDE)
-    seen[:, 4:] = seen[:, 4:].clamp(-4, 4)
-    starts = []
-    for u in (nested, seen):
-        if problem.exact_size:
-            u[:, 2] += torch.log(profile_of(decoder, u[:, 4:])[3])
-        if problem.walks_flux:
-            u = torch.cat([u, (params[:, :1] / problem.scale[:, None])], 1)
-        starts.append(_held(setup, problem, u))
-    return starts[0], starts[1]
+    u = torch.cat([params[:, 1:3], torch.log(params[:, 3:4]), params[:, 6:7], z], 1)
+    if problem.walks_flux:
+        u = torch.cat([u, params[:, :1] / problem.scale[:, None]], 1)
+    return _held(problem.setup, problem, u)
 
 
 def _held(setup: BatchSetup, problem: _LearnedProblem, u: torch.Tensor) -> torch.Tensor:

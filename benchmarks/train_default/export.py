@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--components", type=int, default=8)
+    parser.add_argument("--components", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
     state = torch.load(args.run / "checkpoint.pt", weights_only=True)
@@ -47,6 +47,7 @@ def main() -> None:
         "galmorph",
         latent_dim=decoder["latent_dim"],
         hidden=decoder["hidden"],
+        parities=decoder.get("parities"),
         features=decoder["features"],
         channels=encoder["channels"],
         encoder_hidden=encoder["hidden"],
@@ -61,6 +62,9 @@ def main() -> None:
     rng = np.random.default_rng(1)
     draws = means + stds * rng.standard_normal(means.shape)
     draws = draws[np.abs(draws).max(1) < 8]
+    # a galaxy in a mirror is as likely
+    signs = vae.decoder.signs.numpy()
+    draws = np.concatenate([draws, *(draws * own for own in np.unique(signs, axis=0))])
     fit = Fit(args.components, reg_covar=1e-3, random_state=1, n_init=2).fit(draws)
     vae.prior = GaussianMixture(fit.weights_, fit.means_, fit.covariances_)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]

@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--latents", type=int, default=16)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--parities", type=int, nargs=4, metavar=("EE", "OO", "OE", "EO"))
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)

@@ -34,6 +34,11 @@ class CanonicalDecoder(nn.Module):
         The same for ln(q / (1 - q)) and the second latent.
     knots : int
         Radii at which the misfit is given.
+    parities : tuple of int, optional
+        How many of the latents after the first two draw what is even along both axes, odd
+        along both, odd along the major axis only, and odd along the minor axis only.  A galaxy
+        seen in a mirror, or turned by half a turn, then only changes signs of latents.  For
+        networks without hidden layers.
 
     Examples
     --------
@@ -53,10 +58,13 @@ class CanonicalDecoder(nn.Module):
         index: tuple[float, float] = (0.4, 0.6),
         ratio: tuple[float, float] = (0.8, 1.1),
         knots: int = 8,
+        parities: tuple[int, int, int, int] | None = None,
     ) -> None:
         super().__init__()
         if latent_dim < 3:
             raise ValueError(f"latent_dim must be at least 3, not {latent_dim}")
+        if parities is not None and (hidden or sum(parities) != latent_dim - 2):
+            raise ValueError("parities are of latent_dim - 2 latents, and need hidden=0")
         self.config: dict[str, Any] = {
             "latent_dim": latent_dim,
             "hidden": hidden,
@@ -64,6 +72,7 @@ class CanonicalDecoder(nn.Module):
             "index": tuple(index),
             "ratio": tuple(ratio),
             "knots": knots,
+            "parities": None if parities is None else tuple(parities),
         }
         self.latent_dim = latent_dim
         self.index, self.ratio = tuple(index), tuple(ratio)
@@ -71,7 +80,10 @@ class CanonicalDecoder(nn.Module):
         self.trunk = nn.ModuleList([nn.Linear(*pair) for pair in pairwise(sizes)])
         features = sizes[-1]
         self.draw = nn.Linear(features, GRID * GRID, bias=False)
-        nn.init.normal_(self.draw.weight, std=0.02)
+        with torch.no_grad():  # smooth
+            rough = torch.randn(features, 1, 8, 8)
+            smooth = nn.functional.interpolate(rough, (GRID, GRID), mode="bicubic")
+            self.draw.weight.copy_(0.02 * smooth.flatten(1).T)
         self.misfit_head = nn.Linear(features, knots)
         nn.init.zeros_(self.misfit_head.weight)
         nn.init.constant_(self.misfit_head.bias, -2.5)
@@ -92,8 +104,30 @@ class CanonicalDecoder(nn.Module):
         """The latents of the Sérsic profile nested in each galaxy."""
         return torch.cat([z[:, :2], torch.zeros_like(z[:, 2:])], 1)
 
+    @property
+    def signs(self) -> torch.Tensor:
+        """Signs that latents change, (3, d): mirrored along the major axis, the minor, both."""
+        signs = torch.ones(3, self.latent_dim)
+        if self.config["parities"] is not None:
+            own = torch.tensor([[1, 1], [-1, -1], [-1, 1], [1, -1]], dtype=signs.dtype)
+            counts = torch.tensor(self.config["parities"])
+            signs[:2, 2:] = own.repeat_interleave(counts, 0).T
+            signs[2] = signs[0] * signs[1]
+        return signs
+
+    def _maps(self) -> torch.Tensor:
+        """What is missed for each latent, where it is linear: (d - 2, GRID, GRID)."""
+        maps = self.draw.weight.T[2:].unflatten(1, (GRID, GRID))
+        if self.config["parities"] is not None:
+            along, across = self.signs[:2, 2:, None, None].to(maps)
+            maps = 0.5 * (maps + along * maps.flip(2))
+            maps = 0.5 * (maps + across * maps.flip(1))
+        return centred(maps)
+
     def coefficients(self, z: torch.Tensor) -> torch.Tensor:
         """Spline of what is missed (B, GRID, GRID) for latents (B, d)."""
+        if not self.trunk:
+            return torch.tensordot(z[:, 2:], self._maps(), 1)
         difference = self._features(z) - self._features(self._nested(z))
         return centred(self.draw(difference).unflatten(1, (GRID, GRID)))
 
@@ -112,7 +146,7 @@ class CanonicalDecoder(nn.Module):
         (B, k, GRID, GRID), or (1, k, GRID, GRID) where these are the same for all galaxies.
         """
         if not self.trunk:
-            maps = centred(self.draw.weight.T.unflatten(1, (GRID, GRID)))[2:]
+            maps = self._maps()
             return torch.tensordot(z[:, 2:], maps, 1), maps[None]
         value, tangents = self._with_tangents(z, slice(None))
         nested, nested_tangents = self._with_tangents(self._nested(z), slice(0, 2))

@@ -135,14 +135,15 @@ def galmorph_preset(
     channels: tuple[int, int, int] = (24, 48, 64),
     encoder_hidden: int = 256,
     components: int = 0,
+    parities: tuple[int, int, int, int] | None = None,
 ) -> GalaxyVAE:
     """The learned galaxy of this package, untrained.
 
     Parameters
     ----------
     latent_dim : int
-    hidden, features : int
-        Of the decoder.
+    hidden, features, parities
+        Of the decoder, `galmorph.nets.canonical.CanonicalDecoder`.
     channels, encoder_hidden
         Of the encoder.
     components : int
@@ -164,10 +165,13 @@ def galmorph_preset(
         "channels": tuple(channels),
         "encoder_hidden": encoder_hidden,
         "components": components,
+        "parities": parities and tuple(parities),
     }
     return GalaxyVAE(
         StampEncoder(latent_dim=latent_dim, channels=tuple(channels), hidden=encoder_hidden),
-        CanonicalDecoder(latent_dim=latent_dim, hidden=hidden, features=features),
+        CanonicalDecoder(
+            latent_dim=latent_dim, hidden=hidden, features=features, parities=parities
+        ),
         prior,
         config={"preset": "galmorph", "options": options},
     )

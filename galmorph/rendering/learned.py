@@ -245,8 +245,8 @@ class LearnedRenderer:
         points, row, cell = samples.inside(geometry)
         light, _ = _profile(geometry, points, row)
         value = _Spline(points, row).value(coefficients[:, None])
-        misses = light[:, None] * torch.expm1(value)
-        return profile + self._to_pixels(samples, misses, cell)[:, 0]
+        misses = light * torch.expm1(value[:, 0])
+        return profile + self._to_pixels(samples, misses[None], cell)[:, 0]
 
     def _samples_of(self, geometry: Geometry) -> _BoxSamples | _LocalSamples:
         if self._samples is not None:
@@ -317,10 +317,10 @@ class LearnedRenderer:
                 -misses - py * by_py,
                 q * py * by_px - px * across,
                 n * misses * by_n,
-            ],
-            1,
+            ]
         )
-        maps = torch.cat([maps, full[:, None] * spline.value(directions)], 1)
+        if directions.shape[1]:
+            maps = torch.cat([maps, full * spline.value(directions).T])
         drawn = self._to_pixels(samples, maps, cell)
         drawn[:, :7] += profile
         return drawn
@@ -328,25 +328,19 @@ class LearnedRenderer:
     def _to_pixels(
         self, samples: _BoxSamples | _LocalSamples, values: torch.Tensor, cell: torch.Tensor
     ) -> torch.Tensor:
-        """Values (P, C) at samples, convolved, at the pixels of the stamps: (B, C, ny, nx)."""
-        transfer = self.transfer
-        ly, lx = transfer.box
-        spectrum = samples.spectrum(values, cell, transfer)
-        if transfer.target is not None:
-            flat = spectrum.new_zeros((*spectrum.shape[:2], ly * (lx // 2 + 1)))
-            spectrum = flat.index_add(2, transfer.target, spectrum)
-        spectrum = spectrum.reshape(*spectrum.shape[:2], lx // 2 + 1, ly)
-        rows = torch.fft.ifft(spectrum, dim=-1).transpose(-1, -2)[..., : self.shape[0], :]
-        return torch.fft.irfft(rows, n=lx, dim=-1)[..., : self.shape[1]]
+        """Values (C, P) at samples, convolved, at the pixels of the stamps: (B, C, ny, nx)."""
+        spectrum = samples.spectrum(values, cell, self.transfer)
+        rows = torch.fft.ifft(spectrum, dim=-2)[..., : self.shape[0], :]
+        image = torch.fft.irfft(rows, n=self.transfer.box[1], dim=-1)[..., : self.shape[1]]
+        return image.transpose(0, 1)
 
 
 def _as_maps(
     values: torch.Tensor, cell: torch.Tensor, batch: int, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """Values (P, C) at places of the batch as maps (B, C, ny, nx), zero elsewhere."""
-    maps = values.new_zeros((batch * shape[0] * shape[1], values.shape[1]))
-    maps = maps.index_copy(0, cell, values).unflatten(0, (batch, -1))
-    return maps.transpose(1, 2).unflatten(2, shape)
+    """Values (C, P) at places of the batch as maps (C, B, ny, nx), zero elsewhere."""
+    maps = values.new_zeros((values.shape[0], batch * shape[0] * shape[1]))
+    return maps.index_copy(1, cell, values).unflatten(1, (batch, *shape))
 
 
 def _edges(pixels: int, side: int) -> tuple[int, int]:
@@ -377,10 +371,9 @@ class _BoxSamples:
     def spectrum(
         self, values: torch.Tensor, cell: torch.Tensor, transfer: Transfer
     ) -> torch.Tensor:
-        """Amplitudes of the waves, convolved, (B, C, m)."""
-        half = torch.fft.rfft(_as_maps(values, cell, self._batch, self.box), dim=-1)
-        waves = torch.fft.fft(half.transpose(-1, -2), dim=-1).flatten(2)  # kx outermost
-        return waves * transfer.amplitude[:, None]
+        """Amplitudes of the waves, convolved, (C, B, ly, lx // 2 + 1)."""
+        waves = torch.fft.rfft2(_as_maps(values, cell, self._batch, self.box))
+        return waves * _plane(transfer.amplitude, self.box)
 
 
 class _LocalSamples:
@@ -421,19 +414,33 @@ class _LocalSamples:
     def spectrum(
         self, values: torch.Tensor, cell: torch.Tensor, transfer: Transfer
     ) -> torch.Tensor:
-        """Amplitudes of the waves, convolved, (B, C, m)."""
+        """Amplitudes of the waves, convolved, (C, B, ly, lx // 2 + 1)."""
         shape = tuple(line.numel() for line in self._lines)
         maps = _as_maps(values, cell, len(self._first[0]), shape)
-        (ky, iy), (kx, ix) = (k.unique(return_inverse=True) for k in (transfer.ky, transfer.kx))
+        ly, lx = transfer.box
+        whole = transfer.target is None
+        if whole:
+            kx, ky = transfer.kx.reshape(-1, ly)[:, 0], transfer.ky[:ly]
+        else:
+            (ky, iy), (kx, ix) = (k.unique(return_inverse=True) for k in (transfer.ky, transfer.kx))
         line_y, line_x = (line / self.s for line in self._lines)
         angle = line_x[:, None] * kx
         rows = maps @ torch.cat([torch.cos(angle), -torch.sin(angle)], 1)
         rows = torch.complex(*rows.chunk(2, -1))
-        waves = _turn(ky[:, None] * line_y) @ rows  # (B, C, Ky, Kx)
+        waves = _turn(ky[:, None] * line_y) @ rows  # (C, B, Ky, Kx)
         start_y, start_x = (first[:, None] / self.s for first in self._first)
-        waves = waves * (_turn(start_y * ky)[:, :, None] * _turn(start_x * kx)[:, None])[:, None]
-        waves = waves.flatten(2).index_select(2, iy * kx.numel() + ix)
-        return waves * (transfer.amplitude / self.s**2)[:, None]
+        phases = _turn(start_y * ky)[:, :, None] * _turn(start_x * kx)[:, None] / self.s**2
+        if whole:
+            return waves * (phases * _plane(transfer.amplitude, transfer.box))
+        waves = (waves * phases).flatten(2).index_select(2, iy * kx.numel() + ix)
+        waves = waves * transfer.amplitude
+        flat = waves.new_zeros((*waves.shape[:2], ly * (lx // 2 + 1)))
+        return _plane(flat.index_add(2, transfer.target, waves), transfer.box)
+
+
+def _plane(waves: torch.Tensor, box: tuple[int, int]) -> torch.Tensor:
+    """Waves (..., m), kx outermost, as (..., ly, lx // 2 + 1)."""
+    return waves.unflatten(-1, (box[1] // 2 + 1, box[0])).transpose(-1, -2)
 
 
 def _turn(angle: torch.Tensor) -> torch.Tensor:

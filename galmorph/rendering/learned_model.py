@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from galmorph.psf import PSF
-from galmorph.rendering.canonical import light_and_radius
+from galmorph.rendering.canonical import light_and_radius, light_and_radius_slopes
 from galmorph.rendering.learned import Geometry, LearnedRenderer
 from galmorph.rendering.transfer import Transfer, make_transfer
 
@@ -145,21 +145,21 @@ def columns_jacobian(
 
 
 def log_slopes(decoder: CanonicalDecoder, z: torch.Tensor) -> torch.Tensor:
-    """Derivatives of ln n, ln q, ln light and ln radius by the latents, (B, 4, d).
-
-    By central differences: the growth curve has no closed inverse.
-    """
-    d = z.shape[1]
-    step = 1e-3
+    """Derivatives of ln n, ln q, ln light and ln radius by the latents, (B, 4, d)."""
     wide = decoder_like(decoder, torch.float64)
-    shifts = step * torch.eye(d, dtype=torch.float64, device=z.device)
-    slopes = []
-    for some in z.double().split(64):
-        points = some[:, None, None] + torch.stack([shifts, -shifts])
-        logs = torch.log(torch.stack(profile_of(wide, points.reshape(-1, d)), 1))
-        logs = logs.unflatten(0, (len(some), 2, d))
-        slopes.append(((logs[:, 0] - logs[:, 1]) / (2 * step)).transpose(1, 2))
-    return torch.cat(slopes).to(z.dtype)
+    slopes = z.new_zeros((len(z), 4, z.shape[1]), dtype=torch.float64)
+    for rows in torch.arange(len(z), device=z.device).split(64):
+        own = z[rows].double()
+        n, q = wide.profile(own)
+        slopes[rows, 0, 0] = wide.index[1]
+        slopes[rows, 1, 1] = wide.ratio[1] * (1 - q)
+        coefficients, directions = wide.linearise(own)
+        totals = light_and_radius_slopes(n, coefficients, directions)
+        for i, slope in enumerate(totals):
+            slopes[rows, 2 + i, 0] = wide.index[1] * slope[:, 0]
+            for k, latent in enumerate(wide.bending):
+                slopes[rows, 2 + i, latent] += slope[:, 1 + k]
+    return slopes.to(z.dtype)
 
 
 def decoder_like(decoder: CanonicalDecoder, dtype: torch.dtype) -> CanonicalDecoder:
