@@ -9,6 +9,7 @@ import astropy.modeling  # noqa: F401  first of all: it imports our fitters by e
 __all__ = [
     "PSF",
     "BulgeDiskGalaxy2D",
+    "EncoderFitter",
     "FitFlag",
     "FitResult",
     "GalaxyVAE",
@@ -31,6 +32,7 @@ _HOME = {
     "LearnedGalaxy2D": "models",
     "PointSource2D": "models",
     "SersicGalaxy2D": "models",
+    "EncoderFitter": "fitting",
     "FitFlag": "flags",
     "decode_flags": "flags",
     "FitResult": "results",

@@ -28,7 +28,14 @@ from galmorph.rendering.transfer import make_transfer
 if TYPE_CHECKING:
     from galmorph.models.base import GalaxyModel
 
-__all__ = ["BatchSetup", "background_templates", "engine_of", "fit_batch", "one_thread"]
+__all__ = [
+    "BatchSetup",
+    "background_templates",
+    "engine_of",
+    "fit_batch",
+    "one_thread",
+    "window_templates",
+]
 
 _WIDE = torch.float64
 
@@ -302,7 +309,7 @@ def _start_params(setup: BatchSetup, template: torch.Tensor, guess: Guess) -> to
     return params if setup.coordinates.tie is None else setup.coordinates.tie(params)
 
 
-def _window_templates(
+def window_templates(
     psf: PSF | None, psf_sigma: float, shape: tuple[int, int], like: torch.Tensor
 ) -> WindowTemplates:
     """Sums under the windows for round profiles on a grid of radius and index."""
@@ -434,7 +441,7 @@ def fit_batch(
         guess = first_guess(
             values,
             weight > 0.01 * usual[:, None, None],
-            _window_templates(psfs[0] if psfs else None, psf_sigma, shape, values),
+            window_templates(psfs[0] if psfs else None, psf_sigma, shape, values),
             position=torch.as_tensor(position, dtype=dtype, device=device),
             limit=least,
             background=setup.background != "none",

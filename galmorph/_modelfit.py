@@ -10,7 +10,7 @@ from astropy.modeling.core import CompoundModel, Model
 from scipy.optimize import OptimizeResult
 
 from galmorph import _astropy
-from galmorph._batchfit import BatchSetup, engine_of, one_thread
+from galmorph._batchfit import BatchSetup, one_thread
 from galmorph.inference.least_squares import Linearisation, levenberg_marquardt
 from galmorph.models.base import GalaxyModel
 
@@ -131,7 +131,7 @@ def _fit_stamps(fitter, model, grid, z, weights, weighted, maxiter) -> OptimizeR
         start=start,
         origin=(float(origin[0]), float(origin[1])),
     )
-    result = engine_of(model)(
+    result = fitter._engine(model)(
         setup,
         data.reshape(count, *shape),
         inv_sigma.reshape(count, *shape),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from galmorph.models.base import GalaxyModel
     from galmorph.priors import Prior
 
-__all__ = ["MAPFitter", "StampFits"]
+__all__ = ["EncoderFitter", "MAPFitter", "StampFits"]
 
 # terms of each background
 _BACKGROUNDS = {"none": 0, "constant": 1, "tilted": 3}
@@ -218,11 +218,15 @@ class MAPFitter(Fitter):
             start=start,
         )
 
-    def _solve(self, setup, data, inv_sigma, psf, position):
-        """One call for a shared PSF or PSFs of one kind; one for each kind otherwise."""
+    def _engine(self, model: GalaxyModel) -> Any:
+        """The function that fits batches."""
         from galmorph._batchfit import engine_of
 
-        fit_batch = engine_of(setup.model)
+        return engine_of(model)
+
+    def _solve(self, setup, data, inv_sigma, psf, position):
+        """One call for a shared PSF or PSFs of one kind; one for each kind otherwise."""
+        fit_batch = self._engine(setup.model)
         if not isinstance(psf, list):
             return fit_batch(setup, data, inv_sigma, psf, position)
         kinds: dict[tuple, list[int]] = {}
@@ -307,6 +311,81 @@ class MAPFitter(Fitter):
             self, fitted, np.asarray(x, float), np.asarray(y, float), z, weights, maxiter
         )
         return fitted
+
+
+class EncoderFitter(MAPFitter):
+    """Posteriors of learned galaxies told by the encoder of the network, without a fit.
+
+    The encoder was trained on galaxies that the network draws, through any PSF and noise; it
+    looks at each image twice.  It is a hundred times as fast as a fit, and as good where the
+    noise is what limits; at high S/N `MAPFitter` is more exact.
+
+    Parameters
+    ----------
+    refine : bool, optional
+        Go on from there with a maximum-posterior fit.
+    max_iter, max_shift, device, dtype, batch_size
+        As for `MAPFitter`.
+
+    Attributes
+    ----------
+    fit_info : `scipy.optimize.OptimizeResult` or None
+        As of `MAPFitter`.
+
+    Notes
+    -----
+    The posterior is a normal distribution with all covariances, of geometry, flux and latents
+    (amortised inference; Papamakarios & Murray 2016, arXiv:1605.06376).  Its mean is in
+    ``params`` of the result, not the maximum.  It knows the prior of the network and no
+    other; parameters cannot be fixed, and a mean beyond a bound is flagged, not moved.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from galmorph import EncoderFitter, LearnedGalaxy2D, PSF, fit_images
+    >>> y, x = np.mgrid[:25, :25] - 12
+    >>> psf = PSF(np.exp(-0.5 * (x**2 + y**2) / 1.5**2))
+    >>> galaxy = LearnedGalaxy2D.from_pretrained(flux=100, x_0=31, y_0=31, r_50=5, psf=psf)
+    >>> image = galaxy.render((64, 64)) + np.random.default_rng(1).normal(0, 0.05, (64, 64))
+    >>> result = fit_images(image, galaxy, EncoderFitter(), uncertainty=0.05)
+    >>> bool(abs(result.params[0, 0] - 100) < 5 * result.stds[0, 0])
+    True
+    """
+
+    supported_constraints = ["bounds"]
+
+    def __init__(
+        self,
+        *,
+        refine: bool = False,
+        max_iter: int = 40,
+        max_shift: float | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+        batch_size: int = 96,
+    ) -> None:
+        super().__init__(
+            max_iter=max_iter,
+            max_shift=max_shift,
+            device=device,
+            dtype=dtype,
+            batch_size=batch_size,
+        )
+        self.refine = bool(refine)
+
+    def __repr__(self) -> str:
+        return f"EncoderFitter(refine={self.refine}, device={self.device!r})"
+
+    def _engine(self, model: GalaxyModel) -> Any:
+        from galmorph.models.learned import LearnedGalaxy2D
+
+        if not isinstance(model, LearnedGalaxy2D):
+            raise TypeError(
+                f"EncoderFitter fits LearnedGalaxy2D, not {type(model).__name__}: use MAPFitter"
+            )
+        from galmorph._encoderfit import encode_batch, refine_batch
+
+        return refine_batch if self.refine else encode_batch
 
 
 def _empty_fits(flags: np.ndarray, n_params: int, n_background: int) -> StampFits:

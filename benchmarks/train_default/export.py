@@ -1,4 +1,6 @@
-"""Make weights of what train.py left: the network, and a mixture fitted to its latents.
+"""Make weights of what train.py left: the decoder, and a prior fitted to its latents.
+
+train_encoder.py adds the encoder.
 
 python benchmarks/train_default/export.py galmorph.safetensors --data galaxies.npz --run FOLDER
 """
@@ -16,10 +18,10 @@ from train import Stamps
 
 from galmorph.nets import GalaxyVAE, save
 from galmorph.nets.priors import GaussianMixture
-from galmorph.nets.stamp_encoder import scalars_of, see
+from galmorph.nets.stamp_encoder import StampEncoder, scalars_of, see
 
 
-def posterior(vae: GalaxyVAE, stamps: Stamps) -> tuple[np.ndarray, np.ndarray]:
+def posterior(encoder: StampEncoder, stamps: Stamps) -> tuple[np.ndarray, np.ndarray]:
     """Means and standard deviations of the latents of all galaxies, turned both ways."""
     means, stds = [], []
     rng = torch.Generator().manual_seed(0)
@@ -27,7 +29,7 @@ def posterior(vae: GalaxyVAE, stamps: Stamps) -> tuple[np.ndarray, np.ndarray]:
         for _ in range(2):
             for rows in torch.arange(len(stamps)).split(64):
                 image, weight, fwhm, first, flux = stamps.batch(rows, rng)
-                mean, std, _ = vae.encoder(see(image, weight, first, flux), scalars_of(first, fwhm))
+                mean, std, _ = encoder(see(image, weight, first, flux), scalars_of(first, fwhm))
                 means.append(mean)
                 stds.append(std)
     return torch.cat(means).numpy(), torch.cat(stds).numpy()
@@ -49,14 +51,18 @@ def main() -> None:
         hidden=decoder["hidden"],
         parities=decoder.get("parities"),
         features=decoder["features"],
-        channels=encoder["channels"],
-        encoder_hidden=encoder["hidden"],
         components=args.components,
     )
-    own = {k: v for k, v in state["vae"].items() if k.split(".")[0] in ("decoder", "encoder")}
-    vae.load_state_dict(own | {k: v for k, v in vae.state_dict().items() if "prior" in k})
+
+    def part(name: str) -> dict[str, torch.Tensor]:
+        own = {k: v for k, v in state["vae"].items() if k.startswith(name + ".")}
+        return {k.removeprefix(name + "."): v for k, v in own.items()}
+
+    vae.decoder.load_state_dict(part("decoder"))
+    seeing = StampEncoder(**encoder)
+    seeing.load_state_dict(part("encoder"))
     train = Stamps(args.data, 0, "cpu")
-    means, stds = posterior(vae, train)
+    means, stds = posterior(seeing, train)
     from sklearn.mixture import GaussianMixture as Fit
 
     rng = np.random.default_rng(1)

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import torch
 
-from galmorph.nets import load
+from galmorph.nets import load, save
 from galmorph.nets.stamp_encoder import PosteriorEncoder, log_density, scalars_of, see
+from galmorph.nets.weights import _OWN
 from galmorph.training.posterior import Simulator, unknowns
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("weights", help="of export.py")
+    parser.add_argument("weights", help="of export.py; the encoder is added to them")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20000)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -42,7 +43,7 @@ def main() -> None:
     checkpoint = args.out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        encoder.load_state_dict(state["encoder"])
+        encoder.load_state_dict(state["encoder"], strict=False)
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
         rng.set_state(state["rng"])
@@ -90,6 +91,11 @@ def main() -> None:
             }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").rename(checkpoint)
+    encoder.trained.fill_(True)
+    vae.encoder = encoder.eval()
+    own = {k: v for k, v in vae.metadata.items() if k not in _OWN}
+    rows = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
+    save(vae, args.weights, metadata=own | {"encoder": {"steps": step, "last": rows[-1]}})
 
 
 if __name__ == "__main__":

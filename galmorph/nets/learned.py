@@ -11,7 +11,7 @@ import torch
 
 from galmorph.nets.canonical import CanonicalDecoder
 from galmorph.nets.priors import StandardNormal
-from galmorph.nets.stamp_encoder import StampEncoder
+from galmorph.nets.stamp_encoder import PosteriorEncoder
 from galmorph.nets.vae import GalaxyVAE
 
 __all__ = ["LatentPrior", "LearnedShape"]
@@ -78,7 +78,7 @@ class LearnedShape:
         return LatentPrior(self.vae.prior)
 
     @property
-    def encoder(self) -> StampEncoder:
+    def encoder(self) -> PosteriorEncoder:
         """The encoder."""
         return self.vae.encoder
 
@@ -129,11 +129,11 @@ def _rebuild(config: dict[str, Any], state: dict[str, np.ndarray], metadata: dic
 
 def galmorph_preset(
     *,
-    latent_dim: int = 16,
-    hidden: int = 256,
+    latent_dim: int = 32,
+    hidden: int = 0,
     features: int = 128,
-    channels: tuple[int, int, int] = (24, 48, 64),
-    encoder_hidden: int = 256,
+    channels: tuple[int, int, int] = (32, 64, 96),
+    encoder_hidden: int = 384,
     components: int = 0,
     parities: tuple[int, int, int, int] | None = None,
 ) -> GalaxyVAE:
@@ -168,7 +168,7 @@ def galmorph_preset(
         "parities": parities and tuple(parities),
     }
     return GalaxyVAE(
-        StampEncoder(latent_dim=latent_dim, channels=tuple(channels), hidden=encoder_hidden),
+        PosteriorEncoder(latent_dim=latent_dim, channels=tuple(channels), hidden=encoder_hidden),
         CanonicalDecoder(
             latent_dim=latent_dim, hidden=hidden, features=features, parities=parities
         ),

@@ -10,9 +10,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from galmorph._guess import Guess
 from galmorph.rendering.learned import GRID, Geometry, canonical_points
 
-__all__ = ["StampEncoder", "corrected", "scalars_of", "see"]
+__all__ = [
+    "UNKNOWN",
+    "PosteriorEncoder",
+    "StampEncoder",
+    "corrected",
+    "first_geometry",
+    "log_density",
+    "scalars_of",
+    "see",
+]
 
 #: Of the geometry: shifts along the axes in half-light radii, d ln r, d theta.
 GEOMETRY = 4
@@ -137,6 +147,7 @@ class PosteriorEncoder(nn.Module):
         nn.init.normal_(self.factor.weight, std=0.001)
         nn.init.zeros_(self.factor.bias)
         low = torch.tril_indices(size, size)
+        self.register_buffer("trained", torch.tensor(False))  # train_encoder.py says when
         self.register_buffer("_low", low[0] * size + low[1], persistent=False)
         self.register_buffer("_unit", _UNITS.new_ones(size), persistent=False)
         self._unit[: len(UNKNOWN)] = _UNITS
@@ -216,3 +227,22 @@ def corrected(first: Geometry, shift: torch.Tensor) -> Geometry:
         r=first.r * torch.exp(shift[:, 2]),
         theta=first.theta + shift[:, 3],
     )
+
+
+def first_geometry(
+    guess: Guess, theta: torch.Tensor | None = None
+) -> tuple[Geometry, torch.Tensor]:
+    """Geometry and flux (B,) of a guess; the angle in the half turn around ``theta``."""
+    g = torch.hypot(guess.eta1, guess.eta2)
+    angle = 0.5 * torch.atan2(guess.eta2, guess.eta1)
+    if theta is not None:
+        angle = theta - torch.remainder(theta - angle + 0.5 * np.pi, np.pi) + 0.5 * np.pi
+    geometry = Geometry(
+        x_0=guess.x_0,
+        y_0=guess.y_0,
+        r=guess.r * torch.exp(0.5 * g),
+        q=torch.exp(-g).clamp(0.05, 0.98),
+        theta=angle,
+        n=guess.n.clamp(0.3, 7.0),
+    )
+    return geometry, guess.flux.clamp_min(1e-6)

@@ -183,6 +183,10 @@ class _Spline:
             index, table, per_sample_weights=self._weights, mode="sum"
         )
 
+    def each(self, coefficients: torch.Tensor) -> torch.Tensor:
+        """Values (P,) of one spline a galaxy, (B, GRID, GRID)."""
+        return (coefficients.reshape(-1)[self._taps + self._row] * self._weights).sum(1)
+
     def one(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Value, d/dp_x and d/dp_y (P,) of one spline a galaxy, (B, GRID, GRID)."""
         taps = coefficients.reshape(-1)[self._taps + self._row]
@@ -244,8 +248,7 @@ class LearnedRenderer:
         samples = self._samples_of(geometry)
         points, row, cell = samples.inside(geometry)
         light, _ = _profile(geometry, points, row)
-        value = _Spline(points, row).value(coefficients[:, None])
-        misses = light * torch.expm1(value[:, 0])
+        misses = light * torch.expm1(_Spline(points, row).each(coefficients))
         return profile + self._to_pixels(samples, misses[None], cell)[:, 0]
 
     def _samples_of(self, geometry: Geometry) -> _BoxSamples | _LocalSamples:

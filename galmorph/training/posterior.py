@@ -11,9 +11,10 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from galmorph._batchfit import _window_templates
+from galmorph._batchfit import window_templates
 from galmorph._guess import first_guess
 from galmorph.nets.canonical import CanonicalDecoder
+from galmorph.nets.stamp_encoder import first_geometry
 from galmorph.psf import PSF
 from galmorph.rendering.learned import Geometry
 from galmorph.rendering.learned_model import profile_of
@@ -145,29 +146,13 @@ class Simulator:
         guess = first_guess(
             made.image,
             made.weight > 0,
-            _window_templates(psf, sigma, self.shape, made.image),
+            window_templates(psf, sigma, self.shape, made.image),
             position=torch.full((len(made.z), 2), torch.nan),
             limit=max(4.0, 1.5 * sigma),
             background=True,
         )
-        return list(from_guess(guess, made.geometry.theta))
-
-
-def from_guess(guess, theta: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-    """x_0, y_0, r, q, theta, n and flux of a guess; the angle in the half turn around ``theta``."""
-    g = torch.hypot(guess.eta1, guess.eta2)
-    angle = 0.5 * torch.atan2(guess.eta2, guess.eta1)
-    if theta is not None:
-        angle = theta - torch.remainder(theta - angle + 0.5 * np.pi, np.pi) + 0.5 * np.pi
-    return (
-        guess.x_0,
-        guess.y_0,
-        guess.r * torch.exp(0.5 * g),
-        torch.exp(-g).clamp(0.05, 0.98),
-        angle,
-        guess.n.clamp(0.3, 7.0),
-        guess.flux.clamp_min(1e-6),
-    )
+        geometry, flux = first_geometry(guess, made.geometry.theta)
+        return [getattr(geometry, f.name) for f in fields(geometry)] + [flux]
 
 
 def unknowns(made: Simulated, first: Geometry, flux: torch.Tensor) -> torch.Tensor:
