@@ -327,7 +327,7 @@ class _Solver:
         return LearnedRenderer(
             self.shape,
             learned_transfer(
-                psf[0] if len(psf) == 1 else psf,
+                (psf[0] if len(psf) == 1 else psf) if psf else None,
                 self.shape,
                 u[:, :2],
                 dtype=self.problem.data.dtype,

@@ -235,6 +235,28 @@ class FitResult:
         data, inv_sigma, image = self._stamps(np.array([range(len(self))[i]]))
         return data[0], inv_sigma[0], image[0]
 
+    def sample(self, n: int, rng: np.random.Generator | int | None = None) -> np.ndarray:
+        """Draw parameters from the (normal) posterior of every galaxy.
+
+        Parameters
+        ----------
+        n : int
+        rng : `numpy.random.Generator` or int, optional
+
+        Returns
+        -------
+        array, shape (N, n, P)
+            NaN where the fit failed or has no covariance; what was fixed stays.
+        """
+        rng = np.random.default_rng(rng)
+        draws = rng.standard_normal((len(self), n, self.params.shape[1]))
+        usable = np.isfinite(self.cov).all((1, 2))
+        value, vector = np.linalg.eigh(np.where(usable[:, None, None], self.cov, 0.0))
+        factor = vector * np.sqrt(np.clip(value, 0, None))[:, None]
+        draws = self.params[:, None] + draws @ factor.transpose(0, 2, 1)
+        draws[~usable] = np.nan
+        return draws
+
     @property
     def model_images(self) -> np.ndarray | list[np.ndarray]:
         """Model and background, (N, ny, nx), or a list if sizes differ; NaN where the fit failed.
@@ -243,6 +265,17 @@ class FitResult:
         and ask for a part of a large result, as ``result[:100].model_images``.
         """
         return self._images(lambda rows: self._render(rows), needs_pixels=False)
+
+    @property
+    def model_std_images(self) -> np.ndarray | list[np.ndarray]:
+        """How far the model may be off in each pixel (1 sigma), shaped as ``model_images``.
+
+        What a network has learned of its own misfit (`LearnedGalaxy2D.render_misfit`); zero for
+        parametric models.  The noise of the data is not in it.
+        """
+        return self._images(
+            lambda rows: self._render(rows, what="render_misfit"), needs_pixels=False
+        )
 
     @property
     def residual_images(self) -> np.ndarray | list[np.ndarray]:
@@ -303,7 +336,7 @@ class FitResult:
         batch = self.stamps.get(rows)
         return batch.data, batch.inv_sigma, self._render(rows, batch.psf)
 
-    def _render(self, rows: np.ndarray, psf: Any = None) -> np.ndarray:
+    def _render(self, rows: np.ndarray, psf: Any = None, *, what: str = "render") -> np.ndarray:
         """Model images of rows of one shape, with background; NaN where the fit failed."""
         shape = tuple(int(n) for n in self.shapes[rows[0]])
         if psf is None:
@@ -325,8 +358,9 @@ class FitResult:
             parts = [(good, psf)]
         for part, psfs in parts:
             if len(part):
-                images[part] = self.model.render(shape, params=params[part], psf=psfs)
-        return images + self._background(rows, shape)
+                draw = getattr(self.model, what)
+                images[part] = draw(shape, params=params[part], psf=psfs)
+        return images if what != "render" else images + self._background(rows, shape)
 
     def _background(self, rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         terms = self.background[rows]

@@ -116,7 +116,12 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     train, valid = (Stamps(args.data, split, args.device) for split in (0, 1))
-    decoder = CanonicalDecoder(latent_dim=args.latents, hidden=args.hidden, features=args.features)
+    decoder = CanonicalDecoder(
+        latent_dim=args.latents,
+        hidden=args.hidden,
+        features=args.features,
+        parities=args.parities,
+    )
     vae = CanonicalVAE(decoder, StampEncoder(latent_dim=args.latents)).to(args.device)
     rng = torch.Generator().manual_seed(args.seed)
     with torch.no_grad():  # gives the lazy layers their size

@@ -230,6 +230,27 @@ class GalaxyModel(Fittable2DModel):
         )
         return images[0] if single else images
 
+    def render_misfit(
+        self,
+        shape: tuple[int, int],
+        *,
+        params: np.ndarray | None = None,
+        psf: PSF | Sequence[PSF] | None = None,
+    ) -> np.ndarray:
+        """How far the model may be off in each pixel; zero, but for learned models.
+
+        Parameters
+        ----------
+        shape, params, psf
+            As for `render`.
+
+        Returns
+        -------
+        array
+            In the shape that `render` gives.
+        """
+        return np.zeros_like(self.render(shape, params=params, psf=psf))
+
 
 def _value(model: GalaxyModel, name: str) -> Any:
     parameter = getattr(model, name)

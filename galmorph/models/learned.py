@@ -270,6 +270,47 @@ class LearnedGalaxy2D(GalaxyModel):
         """Draw images, without background; see `GalaxyModel.render`."""
         from galmorph.rendering.learned_model import learned_grid
 
+        params, psf, single = self._drawn_with(params, psf)
+        images = learned_grid(
+            self._shape, params, _check_shape(shape), psf=psf, device=device, dtype=dtype
+        )
+        return images[0] if single else images
+
+    def render_misfit(
+        self,
+        shape: tuple[int, int],
+        *,
+        params: np.ndarray | None = None,
+        psf: PSF | Sequence[PSF] | None = None,
+    ) -> np.ndarray:
+        """How far the model may be off in each pixel (1 sigma), as the network has learned it.
+
+        Parameters
+        ----------
+        shape, params, psf
+            As for `render`.
+
+        Returns
+        -------
+        array
+            In the shape that `render` gives, in the unit of the image.
+
+        Notes
+        -----
+        The standard deviation of Regier et al. (2015), for a known noise: a fraction of the light,
+        given by the latents, that changes with the elliptical radius.  It is that of the images
+        on which the network was trained.
+        """
+        from galmorph.rendering.learned_model import learned_grid, misfit_fraction
+
+        params, psf, single = self._drawn_with(params, psf)
+        shape = _check_shape(shape)
+        images = learned_grid(self._shape, params, shape, psf=psf)
+        images = np.abs(images) * misfit_fraction(self._shape, params, shape)
+        return images[0] if single else images
+
+    def _drawn_with(self, params: Any, psf: Any) -> tuple[np.ndarray, Any, bool]:
+        """Parameters (N, P), PSFs, and whether one image is asked for."""
         single = params is None and len(self) == 1
         if params is None:
             _, _, bare, _ = self._bare(0.0, 0.0, [_value(self, n) for n in self.param_names])
@@ -284,7 +325,4 @@ class LearnedGalaxy2D(GalaxyModel):
             psf = PSF.from_any(psf) if _is_one_psf(psf) else [PSF.from_any(p) for p in psf]
         if isinstance(psf, list) and len(psf) != len(params):
             raise ValueError(f"there is one PSF or one a galaxy, not {len(psf)} for {len(params)}")
-        images = learned_grid(
-            self._shape, params, _check_shape(shape), psf=psf, device=device, dtype=dtype
-        )
-        return images[0] if single else images
+        return params, psf, single

@@ -9,10 +9,11 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from galmorph.rendering.learned import GRID, centred
+from galmorph.rendering.learned import GRID, REACH, Geometry, canonical_light, centred
 
 __all__ = ["CanonicalDecoder"]
 
@@ -134,6 +135,46 @@ class CanonicalDecoder(nn.Module):
     def misfit(self, z: torch.Tensor) -> torch.Tensor:
         """Misfit as a fraction of the light at the knots, (B, knots)."""
         return 0.003 + torch.nn.functional.softplus(self.misfit_head(self._features(z)))
+
+    def misfit_at(self, z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Misfit as a fraction of the light at elliptical radii ``u`` (B, M)."""
+        knots = self.misfit(z)
+        place = torch.asinh(u.clamp_max(REACH)) * ((knots.shape[1] - 1) / np.arcsinh(REACH))
+        low = place.floor().clamp_max(knots.shape[1] - 2)
+        t = place - low
+        low = low.long()
+        return (1 - t) * knots.gather(1, low) + t * knots.gather(1, low + 1)
+
+    def forward(self, z: torch.Tensor, size: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+        """Light in the canonical frame and its misfit, before the PSF.
+
+        Parameters
+        ----------
+        z : tensor, shape (..., d)
+        size : int, optional
+            Samples along each axis, from -4 to 4 half-light radii of the profile, the major
+            axis along x and the minor axis stretched to the same length.
+
+        Returns
+        -------
+        mean, std : tensor, shape (..., size, size)
+            Surface brightness of a profile of unit flux in units of its half-light radius.
+        """
+        flat = z.reshape(-1, z.shape[-1])
+        n, _ = self.profile(flat)
+        line = (torch.arange(size, dtype=z.dtype, device=z.device) + 0.5) * (8.0 / size) - 4.0
+        y, x = torch.meshgrid(line, line, indexing="ij")
+        points = torch.stack([x, y], -1).reshape(-1, 2)
+        row = torch.arange(len(flat), device=z.device).repeat_interleave(len(points))
+        one, zero = torch.ones_like(n), torch.zeros_like(n)
+        unit = Geometry(zero, zero, one, one, zero, n)
+        everywhere = points.repeat(len(flat), 1)
+        light, _ = canonical_light(unit, everywhere, row, self.coefficients(flat))
+        mean = light.reshape(len(flat), -1)
+        u = points.square().sum(-1).sqrt().expand(len(flat), -1)
+        std = mean * self.misfit_at(flat, u)
+        shape = (*z.shape[:-1], size, size)
+        return mean.reshape(shape), std.reshape(shape)
 
     @property
     def bending(self) -> range:

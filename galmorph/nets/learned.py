@@ -14,7 +14,7 @@ from galmorph.nets.priors import StandardNormal
 from galmorph.nets.stamp_encoder import PosteriorEncoder
 from galmorph.nets.vae import GalaxyVAE
 
-__all__ = ["LatentPrior", "LearnedShape"]
+__all__ = ["LatentPrior", "LearnedShape", "LearnedVAE"]
 
 
 class LatentPrior:
@@ -40,6 +40,94 @@ class LatentPrior:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._module().sample((n,)).double().numpy()
+
+
+class LearnedVAE(GalaxyVAE):
+    """`GalaxyVAE` of the preset ``galmorph``: it looks at galaxies through any PSF and noise.
+
+    ``decode`` gives the light in the canonical frame, before the PSF; images are encoded and
+    reconstructed by fits of `galmorph.LearnedGalaxy2D`.
+    """
+
+    def encode(
+        self, images: Any, weight: Any = None, *, psf: Any = None
+    ) -> torch.distributions.Distribution:
+        """Posterior of the latents by one pass of the encoder.
+
+        Parameters
+        ----------
+        images : Tensor or array-like, (B, ny, nx)
+        weight : Tensor or array-like, (B, ny, nx), optional
+            One over the standard deviation of the noise; by default it is estimated.
+        psf : PSF, array or model, optional
+
+        Returns
+        -------
+        Distribution
+            Batch shape (B,), event shape (d,).
+        """
+        from galmorph.fitting import EncoderFitter
+
+        array = np.asarray(images, dtype=float)
+        sigma = _noise(array)[:, None, None] * np.ones_like(array)
+        mask = ~np.isfinite(array)
+        if weight is not None:
+            weight = np.asarray(weight, dtype=float)
+            mask |= ~(weight > 0)
+            sigma = 1.0 / np.where(mask, 1.0, weight)
+        result = self._fitted(array, sigma, mask, psf, EncoderFitter())
+        first = len(result.param_names) - self.latent_size
+        mean = torch.as_tensor(result.params[:, first:])
+        cov = torch.as_tensor(result.cov[:, first:, first:])
+        return torch.distributions.MultivariateNormal(mean, cov, validate_args=False)
+
+    def _reconstruct(self, array: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """At the maximum of the posterior, with the noise of each image as a parameter."""
+        array = np.where(good, array, np.nan).astype(float)
+        sigma = _noise(array)[:, None, None] * np.ones_like(array)
+        result = self._fitted(array, sigma, ~good, None, None)
+        mean, misfit = result.model_images, result.model_std_images
+        noise = _best_noise(np.where(good, array - mean, np.nan), misfit)
+        return mean, np.sqrt(misfit**2 + noise[:, None, None] ** 2)
+
+    def _fitted(self, array, sigma, mask, psf, fitter) -> Any:
+        # the fitters stand above the networks
+        from galmorph.images import fit_images
+        from galmorph.models.learned import LearnedGalaxy2D
+
+        model = LearnedGalaxy2D(shape=LearnedShape(self))
+        return fit_images(
+            array, model, fitter, uncertainty=sigma, mask=mask, psf=psf, background="constant"
+        )
+
+    def elbo(self, *args: Any, **kwargs: Any) -> Any:
+        """Not here: see `galmorph.training.canonical.CanonicalVAE`, which has the forward model."""
+        raise NotImplementedError(
+            "the preset 'galmorph' is trained through the PSF of each image: use "
+            "galmorph.training.canonical.CanonicalVAE"
+        )
+
+
+def _noise(images: np.ndarray) -> np.ndarray:
+    """Standard deviation (B,) of the noise, from neighbouring pixels; a thousandth at least."""
+    steps = [np.diff(images, axis=axis).reshape(len(images), -1) for axis in (1, 2)]
+    scatter = np.nanmedian(np.abs(np.concatenate(steps, 1)), 1) / (0.6745 * np.sqrt(2))
+    return np.maximum(scatter, 1e-3 * np.nanmax(np.abs(images), (1, 2))).clip(1e-30)
+
+
+def _best_noise(residual: np.ndarray, misfit: np.ndarray) -> np.ndarray:
+    """The noise (B,) under which residuals are most probable, beside a misfit; NaN is left out."""
+    rms = np.sqrt(np.nanmean(residual**2, (1, 2)))
+    steps = np.geomspace(0.02, 1.0, 60)
+    best = np.full(len(residual), -np.inf)
+    noise = rms.copy()
+    for step in steps:
+        variance = misfit**2 + (step * rms[:, None, None]) ** 2
+        each = -0.5 * residual**2 / variance - 0.5 * np.log(variance)
+        total = np.nansum(np.where(np.isfinite(residual), each, np.nan), (1, 2))
+        better = total > best
+        best, noise = np.where(better, total, best), np.where(better, step * rms, noise)
+    return noise
 
 
 class LearnedShape:
@@ -167,7 +255,7 @@ def galmorph_preset(
         "components": components,
         "parities": parities and tuple(parities),
     }
-    return GalaxyVAE(
+    return LearnedVAE(
         PosteriorEncoder(latent_dim=latent_dim, channels=tuple(channels), hidden=encoder_hidden),
         CanonicalDecoder(
             latent_dim=latent_dim, hidden=hidden, features=features, parities=parities

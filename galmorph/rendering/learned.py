@@ -20,7 +20,15 @@ from galmorph.rendering.fourier import Component, FourierRenderer
 from galmorph.rendering.sersic import N_RANGE, sersic_table
 from galmorph.rendering.transfer import Transfer
 
-__all__ = ["GRID", "REACH", "Geometry", "LearnedRenderer", "canonical_points", "centred"]
+__all__ = [
+    "GRID",
+    "REACH",
+    "Geometry",
+    "LearnedRenderer",
+    "canonical_light",
+    "canonical_points",
+    "centred",
+]
 
 #: Nodes along each side of the grid of R.
 GRID = 48
@@ -460,6 +468,16 @@ def _profile(
     b, ln_i, n = torch.stack([scalars[:, 0], scalars[:, 1] - area, geometry.n], 1)[row].unbind(1)
     power = torch.exp(0.5 * torch.log(points.square().sum(-1).clamp_min(1e-6)) / n)
     return torch.exp(ln_i - b * power.clamp_max(80.0)), power
+
+
+def canonical_light(
+    geometry: Geometry, points: torch.Tensor, row: torch.Tensor, coefficients: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Surface brightness of S exp(R), and of S alone, at points (P, 2) of galaxies ``row``."""
+    light, _ = _profile(geometry, points, row)
+    within = points.square().sum(1) < REACH * REACH
+    value = _Spline(points, row).each(coefficients)
+    return light * torch.exp(torch.where(within, value, 0.0)), light
 
 
 def _chain(geometry: Geometry) -> torch.Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from galmorph.nets.canonical import CanonicalDecoder
     from galmorph.nets.learned import LearnedShape
 
-__all__ = ["learned_grid", "learned_points", "profile_of", "to_profile"]
+__all__ = ["learned_grid", "learned_points", "misfit_fraction", "profile_of", "to_profile"]
 
 # pixels around the stamp in which what the profile misses is drawn
 MARGIN = 8
@@ -318,3 +318,20 @@ def learned_points(
         if derivatives:
             slopes[:, :, here] = result[1][:, :, at[0], at[1]]
     return (values, slopes) if derivatives else values
+
+
+def misfit_fraction(
+    network: LearnedShape, params: np.ndarray, shape: tuple[int, int]
+) -> np.ndarray:
+    """Misfit as a fraction of the light at every pixel, (B, ny, nx); NaN where parameters are."""
+    fraction = np.full((len(params), *shape), np.nan)
+    rows = np.flatnonzero(np.isfinite(params).all(1))
+    decoder = network.decoder(torch.float64)
+    y, x = (torch.as_tensor(a.ravel().astype(float)) for a in np.mgrid[: shape[0], : shape[1]])
+    with torch.no_grad():
+        for i in range(0, rows.size, 256):
+            own = torch.as_tensor(params[rows[i : i + 256]])
+            geometry, _, z = to_profile(decoder, own)
+            u = geometry.to_canonical(x, y).square().sum(-1).sqrt()
+            fraction[rows[i : i + 256]] = decoder.misfit_at(z, u).unflatten(1, shape).numpy()
+    return fraction

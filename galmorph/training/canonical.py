@@ -18,7 +18,6 @@ from galmorph.nets.stamp_encoder import StampEncoder, corrected, scalars_of, see
 from galmorph.rendering.fourier import FourierRenderer
 from galmorph.rendering.learned import (
     GRID,
-    REACH,
     Geometry,
     _basis,
     _stretch,
@@ -130,15 +129,6 @@ class CanonicalVAE(nn.Module):
         """Posterior mean and std of the latents, and corrections of the geometry."""
         return self.encoder(see(image, weight, first, flux), scalars_of(first, fwhm))
 
-    def misfit(self, z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Misfit as a fraction of the light at elliptical radii ``u`` (B, M)."""
-        knots = self.decoder.misfit(z)
-        place_ = torch.asinh(u.clamp_max(REACH)) * ((knots.shape[1] - 1) / np.arcsinh(REACH))
-        low = place_.floor().clamp_max(knots.shape[1] - 2)
-        t = place_ - low
-        low = low.long()
-        return (1 - t) * knots.gather(1, low) + t * knots.gather(1, low + 1)
-
     def forward(
         self,
         image: torch.Tensor,
@@ -167,7 +157,7 @@ class CanonicalVAE(nn.Module):
         rough = torch.where(used, rough, 0.0)
         flux = (rough * drawn * data).sum(1) / (rough * drawn * drawn).sum(1).clamp_min(1e-30)
         model = flux[:, None].clamp_min(0) * drawn
-        total = variance + (self.misfit(z, u) * model).square()
+        total = variance + (self.decoder.misfit_at(z, u) * model).square()
         residual = data - model
         terms = -0.5 * (residual.square() / total + torch.log(2 * np.pi * total))
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * torch.log(std)).sum(1)
