@@ -49,7 +49,7 @@ _ANGLE_WIDTH = 1.8
 # added to -2 ln of the prior so that it is a sum of squares
 _PRIOR_OFFSET = 1e3
 # galaxies that are worked on at once: their maps should stay in the cache
-_WINDOW = 4
+_WINDOW = 16
 # steps in radii, in ln r or radians, and in latents, that leave derivatives as they are
 _SMALL_STEP, _SMALL_BEND = 0.03, 0.3
 
@@ -77,14 +77,16 @@ class _LearnedProblem:
         self.exact_size, self.walks_flux = "r_50" in asked, "flux" in asked
         self.linear_amplitude = not self.walks_flux
         self.d = self.network.latent_dim
-        # of galaxies that are worked on: coordinates, and columns of the latents there
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        # of galaxies that are worked on: columns of the latents, and where they were drawn
+        self._kept: dict[int, torch.Tensor] = {}
+        self._drawn_at: torch.Tensor | None = None
 
     def rows(self, rows: torch.Tensor, renderer: LearnedRenderer) -> _LearnedProblem:
         """The problem of some galaxies, with their renderer."""
         other = copy(self)
         other.data, other.weight = self.data[rows], self.weight[rows]
-        other.scale, other.renderer, other._kept = self.scale[rows], renderer, {}
+        other.scale, other.renderer = self.scale[rows], renderer
+        other._kept, other._drawn_at = {}, None
         return other
 
     def split(self, u: torch.Tensor) -> tuple[Geometry, torch.Tensor]:
@@ -131,13 +133,9 @@ class _LearnedProblem:
         after a step that is not small.
         """
         coefficients, directions = self.decoder.linearise(z)
-        before, self._kept = self._kept, {}
         keys = rows.tolist()
-        again = torch.ones(len(keys), dtype=torch.bool, device=u.device)
-        for i, key in enumerate(keys):
-            if key in before:
-                self._kept[key] = before[key]
-                again[i] = self._moved(u[i], before[key][0])
+        self._kept = {key: self._kept[key] for key in keys if key in self._kept}
+        again = self._moved(u, rows)
         columns = self.data.new_empty((len(keys), 7 + directions.shape[1], self.data.shape[1]))
         for these, wanted in ((again, directions), (~again, directions[:, :0])):
             here = torch.nonzero(these)[:, 0]
@@ -147,19 +145,23 @@ class _LearnedProblem:
             own = wanted if wanted.shape[0] == 1 else wanted[here]
             drawn = self.renderer.rows(rows[here]).columns(place, coefficients[here], own)
             columns[here, : drawn.shape[1]] = drawn.flatten(2)
-        for i, key in enumerate(keys):
-            if again[i]:
-                self._kept[key] = u[i].clone(), columns[i, 7:].clone()
+        self._drawn_at[rows[again]] = u[again]
+        for i, (key, new) in enumerate(zip(keys, again.tolist(), strict=True)):
+            if new:
+                self._kept[key] = columns[i, 7:].clone()
             else:
-                columns[i, 7:] = self._kept[key][1]
+                columns[i, 7:] = self._kept[key]
         return columns
 
-    def _moved(self, u: torch.Tensor, before: torch.Tensor) -> bool:
-        """Whether a step was so long that the derivatives by the latents have changed."""
+    def _moved(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """After which steps (b,) the derivatives by the latents have changed."""
+        if self._drawn_at is None:
+            self._drawn_at = u.new_full((len(self.data), u.shape[1]), torch.inf)
+        before = self._drawn_at[rows]
         step = (u - before).abs()
-        size = torch.exp(before[2])
-        geometry = torch.stack([step[:2].max() / size, step[2], step[3]]).max()
-        return bool(geometry > _SMALL_STEP) or bool(step[4 : 4 + self.d].max() > _SMALL_BEND)
+        step[:, :2] *= torch.exp(-before[:, 2:3])
+        small = (step[:, :4] < _SMALL_STEP).all(1)
+        return ~(small & (step[:, 4 : 4 + self.d] < _SMALL_BEND).all(1))
 
     def _penalties(self, u: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the latents' prior, of the angle's, and of those that the user gave."""

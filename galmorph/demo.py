@@ -57,7 +57,7 @@ class Demo:
         The PSF and how it was made.
     noise_factor : float
         What the noise of single pixels was multiplied by, for their correlation.
-    gaussian, sersic : FitResult
+    gaussian, sersic, learned : FitResult
         The fits, of the same galaxies in the same order, brightest first.
     table : `~astropy.table.QTable`
         The comparison, one row a galaxy.
@@ -74,6 +74,7 @@ class Demo:
     noise_factor: float
     gaussian: FitResult
     sersic: FitResult
+    learned: FitResult
     table: QTable
     output: Path
     files: dict[str, str]
@@ -228,9 +229,9 @@ def run_demo(
     psf = estimate_psf(image, detection)
 
     sigma = pixel_noise(image, detection, factor)
-    gaussian, sersic = _fit(image, sigma, detection, psf, int(n_max), say)
-    table = compare(gaussian, sersic, detection, colour)
-    demo = Demo(image, sigma, detection, psf, factor, gaussian, sersic, table, output, files={})
+    fits = _fit(image, sigma, detection, psf, int(n_max), say)
+    table = compare(*fits, detection, colour)
+    demo = Demo(image, sigma, detection, psf, factor, *fits, table, output, files={})
     say("writing catalogues and figures")
     _write_catalogs(demo)
     _draw(demo, colour)
@@ -252,14 +253,19 @@ def _narrator(progress: bool):
 # -- the fits ----------------------------------------------------------------------------
 
 
-def _fit(image, sigma, detection, psf, n_max, say) -> tuple[FitResult, FitResult]:
+def _fit(image, sigma, detection, psf, n_max, say) -> list[FitResult]:
     from galmorph.images import fit_images
-    from galmorph.models import GaussianGalaxy2D, SersicGalaxy2D
+    from galmorph.models import GaussianGalaxy2D, LearnedGalaxy2D, SersicGalaxy2D
 
     rows = brightest(detection, n_max)
     chosen = detection.catalog.select_labels(detection.catalog.labels[rows])
     results = []
-    for name, model in (("Gaussian", GaussianGalaxy2D()), ("Sersic", SersicGalaxy2D())):
+    models = {
+        "Gaussian": GaussianGalaxy2D(),
+        "Sersic": SersicGalaxy2D(),
+        "learned": LearnedGalaxy2D.from_pretrained(),
+    }
+    for name, model in models.items():
         say(f"fitting {len(rows)} galaxies with a {name} model")
         result = fit_images(
             image,
@@ -273,7 +279,7 @@ def _fit(image, sigma, detection, psf, n_max, say) -> tuple[FitResult, FitResult
         result.meta["image"] = "Hubble eXtreme Deep Field, display JPEG of scikit-image, y upwards"
         result.meta["psf"] = psf.statement
         results.append(result)
-    return results[0], results[1]
+    return results
 
 
 def brightest(detection: Detection, n_max: int) -> np.ndarray:
@@ -294,8 +300,8 @@ def brightest(detection: Detection, n_max: int) -> np.ndarray:
     return order[(inside & ~star)[order]][:n_max]
 
 
-def compare(gaussian, sersic, detection: Detection, colour: np.ndarray) -> QTable:
-    """Both fits in one table: one row a galaxy, and by how much the Sersic is better."""
+def compare(gaussian, sersic, learned, detection: Detection, colour: np.ndarray) -> QTable:
+    """All fits in one table: one row a galaxy, and by how much each is better than the last."""
     from astropy.table import QTable
 
     ours = sersic.to_table()
@@ -310,15 +316,24 @@ def compare(gaussian, sersic, detection: Detection, colour: np.ndarray) -> QTabl
     theirs = gaussian.to_table()
     for name in ("flux", "flux_err", "r_eff", "r_eff_err"):
         table[f"{name}_gaussian"] = theirs[name]
+    network = learned.to_table()
+    for name in ("flux", "flux_err", "r_50", "r_50_err"):
+        table[f"{name}_learned"] = network[name]
     table["chi2_dof_gaussian"] = gaussian.chi2 / gaussian.dof
     table["chi2_dof_sersic"] = sersic.chi2 / sersic.dof
+    table["chi2_dof_learned"] = learned.chi2 / learned.dof
     table["delta_chi2"] = gaussian.chi2 - sersic.chi2
+    table["delta_chi2_learned"] = sersic.chi2 - learned.chi2
     table["n_clipped"] = [
         int(np.sum((detection.segmentation.data == label) & (colour == 255).any(axis=2)))
         for label in sersic.ids
     ]
     table["flags"] = sersic.flags
     table.meta["delta_chi2"] = "chi2(Gaussian) - chi2(Sersic); the Sersic has one parameter more"
+    table.meta["delta_chi2_learned"] = (
+        f"chi2(Sersic) - chi2(learned); the learned model has {len(learned.param_names) - 7} "
+        "parameters more, held by their prior"
+    )
     table.meta["n_clipped"] = "pixels of the source that the JPEG clips (255) in any colour"
     return table
 
@@ -327,14 +342,15 @@ def compare(gaussian, sersic, detection: Detection, colour: np.ndarray) -> QTabl
 
 
 def _write_catalogs(demo: Demo) -> None:
-    for name, result in (("gaussian", demo.gaussian), ("sersic", demo.sersic)):
+    fits_of = {"gaussian": demo.gaussian, "sersic": demo.sersic, "learned": demo.learned}
+    for name, result in fits_of.items():
         for kind in ("fits", "ecsv"):
             file = f"catalog-{name}.{kind}"
             result.write(demo.output / file, overwrite=True)
             how = "binary" if kind == "fits" else "the same as text"
-            demo.files[file] = f"the {name.capitalize()} fits, one row a galaxy ({how})"
+            demo.files[file] = f"the {name} fits, one row a galaxy ({how})"
     demo.table.write(demo.output / "comparison.ecsv", overwrite=True)
-    demo.files["comparison.ecsv"] = "both fits side by side, with delta_chi2 and n_clipped"
+    demo.files["comparison.ecsv"] = "all fits side by side, with delta_chi2 and n_clipped"
     from astropy.io import fits
 
     hdus = [
@@ -357,7 +373,7 @@ def describe(demo: Demo) -> str:
     """Text of README.txt: what every file is, and what to make of the numbers."""
     n, better, _ = _verdict(demo)
     rms = float(np.nanmedian(demo.detection.rms))
-    failed = int(np.sum(demo.sersic.failed | demo.gaussian.failed))
+    failed = int(np.sum(demo.sersic.failed | demo.gaussian.failed | demo.learned.failed))
     clipped = int(np.sum(np.asarray(demo.table["n_clipped"]) > 0))
     width = max(len(name) for name in demo.files) + 2
     files = [
@@ -418,6 +434,20 @@ def describe(demo: Demo) -> str:
             "lowest n that the model has: the stretch flattens bright centres more than any "
             "galaxy does."
         ),
+        "The learned galaxy": (
+            "A Sersic profile times what it misses, drawn by a network that was trained on "
+            "galaxies of the SDSS, simulated galaxies and a few of the KiDS survey, none of them "
+            "in this image. It has "
+            f"{demo.learned.params.shape[1]} parameters; the shape is in "
+            f"{len(demo.learned.param_names) - 5} latents with a prior, so that a small faint "
+            "galaxy stays a Sersic profile and a large bright one gets its arms and bars. "
+            "delta_chi2_learned = chi2(Sersic) - chi2(learned) is above "
+            f"{SIGNIFICANT:.0f} for {_verdict(demo, 'delta_chi2_learned')[1]} of {n} galaxies; "
+            "the median is "
+            f"{_verdict(demo, 'delta_chi2_learned')[2]:.0f}. More parameters fit better always: "
+            "how well the model predicts pixels that it has not seen is measured in the "
+            "documentation."
+        ),
         "Conventions": (
             "Pixel (0, 0) is centred on (x, y) = (0, 0). r_eff is the semi-major axis of the "
             "ellipse that holds half of the light, in pixels, before the PSF; ellip = 1 - b/a; "
@@ -433,9 +463,9 @@ def describe(demo: Demo) -> str:
     return "\n".join(text)
 
 
-def _verdict(demo: Demo) -> tuple[int, int, float]:
+def _verdict(demo: Demo, column: str = "delta_chi2") -> tuple[int, int, float]:
     """Number of galaxies, of those that the Sersic fits better, and the median gain."""
-    gain = np.asarray(demo.table["delta_chi2"], dtype=float)
+    gain = np.asarray(demo.table[column], dtype=float)
     return len(gain), int(np.sum(gain > SIGNIFICANT)), float(np.nanmedian(gain))
 
 
@@ -445,8 +475,8 @@ def summary(demo: Demo, n_rows: int = 15) -> str:
 
     head = (
         f"{'':>5}{'x':>7}{'y':>7}{'flux / 1000':>15}{'r_eff [px]':>16}{'n':>18}{'ellip':>17}"
-        f"{'chi2/dof':>15}{'gain':>9}\n"
-        f"{'':>5}{'':>14}{'':>66}{'Gauss':>8}{'Sersic':>7}{'':>9}"
+        f"{'chi2/dof':>23}{'gains':>13}\n"
+        f"{'':>5}{'':>14}{'':>66}{'Gauss':>8}{'Sersic':>7}{'learned':>8}{'Sersic':>8}{'learned':>8}"
     )
     lines = [head]
     for i in range(min(n_rows, len(demo.table))):
@@ -458,15 +488,18 @@ def summary(demo: Demo, n_rows: int = 15) -> str:
             f"{_pm(row['r_eff'], row['r_eff_err']):>16}{_pm(row['n'], row['n_err']):>18}"
             f"{_pm(row['ellip'], row['ellip_err']):>17}"
             f"{row['chi2_dof_gaussian']:8.2f}{row['chi2_dof_sersic']:7.2f}"
-            f"{row['delta_chi2']:9.0f}  {flags}".rstrip()
+            f"{row['chi2_dof_learned']:8.2f}{row['delta_chi2']:8.0f}"
+            f"{row['delta_chi2_learned']:8.0f}  {flags}".rstrip()
         )
     n, better, median = _verdict(demo)
+    _, learned_better, learned_median = _verdict(demo, "delta_chi2_learned")
     rest = n - min(n_rows, n)
     if rest:
         lines.append(f"  ... and {rest} more in {demo.output / 'comparison.ecsv'}")
     words = [
         f"Sersic beats Gaussian (gain = chi2(Gaussian) - chi2(Sersic) > {SIGNIFICANT:.0f}) for "
-        f"{better} of {n} galaxies; median gain {median:.0f}.",
+        f"{better} of {n} galaxies; median gain {median:.0f}. The learned galaxy beats Sersic in "
+        f"the same way for {learned_better}; median gain {learned_median:.0f}.",
         f"The picture was stretched for display, which flattens the centres of bright galaxies: "
         f"{_at_bound(demo)} fits want n below the lowest that the model has (AT_BOUND). Noise: "
         f"{np.nanmedian(demo.detection.rms):.3f} a pixel of sky, times {demo.noise_factor:.2f} "
@@ -503,7 +536,7 @@ def _draw(demo: Demo, colour: np.ndarray) -> None:
 
     from galmorph import plot
 
-    both = {"Gaussian": demo.gaussian, "Sérsic": demo.sersic}
+    every = {"Gaussian": demo.gaussian, "Sérsic": demo.sersic, "Learned": demo.learned}
 
     def save(figure, file: str, text: str, dpi: int = 150) -> None:
         # Agg draws without a screen, whatever backend the user has.
@@ -534,17 +567,17 @@ def _draw(demo: Demo, colour: np.ndarray) -> None:
     for page, start in enumerate(range(0, len(rows), _PER_PAGE), start=1):
         shown = rows[start : start + _PER_PAGE]
         save(
-            plot.contact_sheet(both, list(shown), ncols=3),
+            plot.contact_sheet(every, list(shown), ncols=2),
             f"contact-sheet-{page}.png",
-            f"data, Gaussian, residual, Sersic and residual of galaxies {start + 1} to "
-            f"{start + len(shown)}, brightest first; residuals in units of the noise",
+            f"data, and Gaussian, Sersic and learned fits with residuals of galaxies {start + 1} "
+            f"to {start + len(shown)}, brightest first; residuals in units of the noise",
             dpi=110,
         )
     for i in gallery[:_N_SINGLE]:
         label = names[i]
-        axes = plot.compare_fits(both, i)
-        save(axes.flat[0].figure, f"galaxy-{label}-fits.png", f"galaxy {label}, both fits")
-        axes = plot.radial_profile(both, i)
+        axes = plot.compare_fits(every, i)
+        save(axes.flat[0].figure, f"galaxy-{label}-fits.png", f"galaxy {label}, all fits")
+        axes = plot.radial_profile(every, i)
         save(
             axes.flat[0].figure, f"galaxy-{label}-profile.png",
             f"galaxy {label}, brightness against radius",
@@ -575,7 +608,9 @@ def choose_gallery(demo: Demo) -> list[int]:
         np.ones(len(table), dtype=bool),
     ]
     gain = np.nan_to_num(np.asarray(table["delta_chi2"], dtype=float))
-    chosen: list[int] = []
+    # the galaxy that the learned model fits best of all beyond the Sersic, spirals as a rule
+    learned_gain = np.nan_to_num(np.asarray(table["delta_chi2_learned"], dtype=float))
+    chosen: list[int] = [int(learned_gain.argmax())]
     for kind in kinds:
         rows = [i for i in np.flatnonzero(kind) if i not in chosen]
         # where the Sersic is far better, and what it leaves is small
@@ -629,12 +664,12 @@ def draw_map(demo: Demo, colour: np.ndarray) -> Any:
 
 
 def draw_hero(demo: Demo, colour: np.ndarray, gallery: list[int]) -> Any:
-    """The field beside four galaxies: data, both models, both residuals."""
+    """The field beside four galaxies: data, models, residuals."""
     import matplotlib.pyplot as plt
 
     rows = len(gallery)
-    figure = plt.figure(figsize=(15.2, 6.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(0.47, 0.53), wspace=0.01)
+    figure = plt.figure(figsize=(17.0, 6.3), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(0.42, 0.58), wspace=0.01)
     ax = left.subplots()
     ax.imshow(colour, origin="lower", interpolation="none")
     _ellipses(ax, demo, scale=2.0, edgecolor="#ffd166", linewidth=0.8)
@@ -643,7 +678,7 @@ def draw_hero(demo: Demo, colour: np.ndarray, gallery: list[int]) -> Any:
         f"Hubble eXtreme Deep Field, {len(demo.sersic)} galaxies fitted", fontsize=12, pad=8
     )
 
-    grid = right.subplots(rows, 6, squeeze=False)
+    grid = right.subplots(rows, 8, squeeze=False)
     for k, i in enumerate(gallery):
         letter = "abcdef"[k]
         drawn = _draw_row(grid[k], demo, colour, i)
@@ -652,10 +687,12 @@ def draw_hero(demo: Demo, colour: np.ndarray, gallery: list[int]) -> Any:
             letter, demo.sersic.params[i, 1:3], xytext=(9, 9), textcoords="offset points",
             color="white", fontsize=12, fontweight="bold",
         )  # fmt: skip
-    heads = ("Image", "Data", "Gaussian", "Residual", "Sérsic", "Residual")
+    heads = ["Image", "Data"]
+    for name in ("Gaussian", "Sérsic", "Learned"):
+        heads += [name, "Residual"]
     for panel, head in zip(grid[0], heads, strict=True):
         panel.set_title(head, fontsize=12, pad=8)
-    bar = right.colorbar(drawn, ax=grid[:, 5], shrink=0.6, aspect=30, pad=0.02, extend="both")
+    bar = right.colorbar(drawn, ax=grid[:, 7], shrink=0.6, aspect=30, pad=0.02, extend="both")
     bar.set_label("Residual [σ]")
     return figure
 
@@ -664,7 +701,7 @@ def _draw_row(panels: Any, demo: Demo, colour: np.ndarray, i: int) -> Any:
     """Image, data, models and residuals of one galaxy, cropped to where its light is."""
     from galmorph.plot import drawing
 
-    views = [drawing.StampView(result, i) for result in (demo.gaussian, demo.sersic)]
+    views = [drawing.StampView(result, i) for result in (demo.gaussian, demo.sersic, demo.learned)]
     norm = drawing.brightness_norm(views)
     x_0, y_0 = demo.sersic.origin[i]
     ny, nx = views[0].shape

@@ -40,6 +40,10 @@ def test_fits(demo):
     # a Gaussian is a Sersic of n = 0.5, so it cannot fit better
     assert np.all(np.asarray(demo.table["delta_chi2"]) > -1)
     assert np.sum(demo.table["delta_chi2"] > 9) >= N - 1
+    # a Sersic is a learned galaxy without latents; these are bright, so that the prior gives way
+    assert len(demo.learned) == N
+    assert not demo.learned.failed.any()
+    assert np.all(np.asarray(demo.table["delta_chi2_learned"]) > 0)
 
 
 def test_noise_and_psf(demo):
@@ -60,7 +64,8 @@ def test_files(demo):
     assert {"demo.png", "map.png", "contact-sheet-1.png"} <= written
     assert (demo.output / "galaxy-mine.png").read_text() == "the user's own"
     for kind in ("fits", "ecsv"):
-        assert len(FitResult.read(demo.output / f"catalog-sersic.{kind}")) == N
+        for name in ("sersic", "learned"):
+            assert len(FitResult.read(demo.output / f"catalog-{name}.{kind}")) == N
     table = QTable.read(demo.output / "comparison.ecsv")
     assert list(table["label"]) == list(demo.sersic.ids)
     with fits.open(demo.output / "field.fits") as hdus:
@@ -87,6 +92,7 @@ def test_summary(demo):
     text = summary(demo, n_rows=2)
     assert "±" in text
     assert "Sersic beats Gaussian" in text
+    assert "learned galaxy beats Sersic" in text
     assert "and 4 more" in text
 
 

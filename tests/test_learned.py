@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 
 from galmorph import (
     PSF,
+    EncoderFitter,
     FitFlag,
     LearnedGalaxy2D,
     MAPFitter,
@@ -338,3 +339,111 @@ def test_photutils(psf):
     init = QTable({"x": [24.0], "y": [24.0], "flux": [80.0]})
     table = phot(data[0], error=np.full(data[0].shape, 0.02), init_params=init)
     assert_allclose(table["flux_fit"][0], 100, rtol=0.1)
+
+
+# -- the encoder -----------------------------------------------------------------------------
+
+
+def test_encoder_covers(psf):
+    """Galaxies drawn from the prior: its intervals hold what they say, and it repeats exactly."""
+    galaxy = LearnedGalaxy2D.from_pretrained()
+    params, _, data = simulated(galaxy, psf, np.random.default_rng(21), n=300, sigma=0.06)
+    keep = {"uncertainty": 0.06, "psf": psf, "background": "constant"}
+    result = fit_images(data, galaxy, EncoderFitter(), **keep)
+    inside = np.abs(result.params[:, :4] - params[:, :4]) < result.stds[:, :4]
+    # 68 % of 300: a binomial scatter of 2.7 % for each of four
+    assert np.all((inside.mean(0) > 0.58) & (inside.mean(0) < 0.80)), inside.mean(0)
+    assert np.median(result.chi2 / result.dof) < 1.2
+    again = fit_images(data[:5], galaxy, EncoderFitter(), **keep)
+    assert_allclose(again.params, result.params[:5], rtol=1e-4)
+
+
+def test_encoder_any_size_and_refined(psf):
+    """Odd shapes, masks and NaN; going on with a fit ends where a fit ends."""
+    galaxy = LearnedGalaxy2D.from_pretrained(flux=100, x_0=30, y_0=24, r_50=5, theta=0.3, psf=psf)
+    galaxy.z2 = 1.0
+    rng = np.random.default_rng(22)
+    image = galaxy.render((51, 70)) + rng.normal(0, 0.03, (51, 70))
+    image[:8, 60:] = np.nan
+    keep = {"uncertainty": 0.03, "psf": psf}
+    quick = fit_images(image, galaxy, EncoderFitter(), **keep)
+    assert abs(quick.params[0, 0] - 100) < 5 * quick.stds[0, 0]
+    assert_allclose(quick.params[0, 1:3], [30, 24], atol=0.3)
+    fitted = fit_images(image, galaxy, MAPFitter(), **keep)
+    refined = fit_images(image, galaxy, EncoderFitter(refine=True), **keep)
+    assert abs(refined.chi2[0] - fitted.chi2[0]) < 10
+    assert refined.chi2[0] < quick.chi2[0]
+
+
+def test_encoder_refuses(small, psf):
+    image = np.ones((31, 31))
+    with pytest.raises(TypeError, match="EncoderFitter fits LearnedGalaxy2D"):
+        fit_images(image, SersicGalaxy2D(), EncoderFitter(), uncertainty=1.0)
+    with pytest.raises(TypeError, match="not trained"):
+        fit_images(image, LearnedGalaxy2D(shape=small), EncoderFitter(), uncertainty=1.0)
+    galaxy = LearnedGalaxy2D.from_pretrained()
+    galaxy.x_0.fixed = True
+    with pytest.raises(Exception, match="fixed"):
+        fit_images(image, galaxy, EncoderFitter(), uncertainty=1.0)
+
+
+def test_encoder_the_astropy_way(psf):
+    galaxy = LearnedGalaxy2D.from_pretrained(flux=100, x_0=31, y_0=30, r_50=5, psf=psf)
+    y, x = np.mgrid[:61, :61]
+    image = galaxy(x, y) + np.random.default_rng(23).normal(0, 0.05, (61, 61))
+    start = LearnedGalaxy2D.from_pretrained(x_0=31, y_0=30, psf=psf)
+    fit = EncoderFitter()(start, x, y, image, weights=np.full(image.shape, 20.0))
+    assert_allclose(fit.flux.value, 100, rtol=0.15)
+
+
+# -- what else comes back --------------------------------------------------------------------
+
+
+def test_misfit_and_draws(psf):
+    galaxy = LearnedGalaxy2D.from_pretrained(flux=100, x_0=24, y_0=24, r_50=5, psf=psf)
+    image = galaxy.render((49, 49)) + np.random.default_rng(31).normal(0, 0.05, (49, 49))
+    result = fit_images(image, galaxy, uncertainty=0.05)
+    std = result.model_std_images[0]
+    assert std.shape == (49, 49)
+    assert np.all(std >= 0)
+    assert 0.003 < std.sum() / result.model_images[0].sum() < 1
+    draws = result.sample(4000, rng=3)
+    assert draws.shape == (1, 4000, len(result.param_names))
+    assert_allclose(draws[0].std(0), result.stds[0], rtol=0.1)
+    assert_allclose(result.sample(5, rng=3), result.sample(5, rng=np.random.default_rng(3)))
+    sersic = fit_images(image, SersicGalaxy2D(), uncertainty=0.05, psf=psf)
+    assert np.all(sersic.model_std_images == 0)
+
+
+def test_reconstruct(psf):
+    """Beats the best-fitting Gaussian, in error and in likelihood."""
+    from galmorph import GalaxyVAE, GaussianGalaxy2D
+
+    rng = np.random.default_rng(32)
+    galaxy = LearnedGalaxy2D.from_pretrained()
+    _, _, data = simulated(galaxy, psf, rng, n=6, sigma=0.1)
+    vae = GalaxyVAE.from_pretrained()
+    mean, std = vae.reconstruct(data)
+    gaussian = fit_images(data, GaussianGalaxy2D(), uncertainty=0.1, background="none")
+    theirs = np.mean((data - gaussian.model_images) ** 2, (1, 2))
+    ours = np.mean((data - mean) ** 2, (1, 2))
+    assert np.all(ours < theirs)
+    each = -0.5 * ((data - mean) / std) ** 2 - np.log(std) - 0.5 * np.log(2 * np.pi)
+    assert np.all(each.mean((1, 2)) > -0.5 * (np.log(2 * np.pi * theirs) + 1))
+    posterior = vae.encode(data, psf=psf)
+    assert posterior.batch_shape == (6,)
+    assert posterior.event_shape == (vae.latent_size,)
+    with pytest.raises(NotImplementedError, match="CanonicalVAE"):
+        vae.elbo(None)
+
+
+def test_canonical_light(small):
+    """`decode` draws the light of unit flux before the PSF."""
+    z = torch.zeros(2, 5)
+    z[1, 0] = 1.0
+    light = small.vae.decode(z)
+    assert light.mean.shape == (2, 64, 64)
+    total = light.mean.sum((1, 2)) * (8 / 64) ** 2
+    # what a Sérsic profile of these n has within a square of four half-light radii
+    assert_allclose(total[0], 0.974, atol=0.01)
+    assert total[1] < total[0]

@@ -35,12 +35,29 @@ def posterior(encoder: StampEncoder, stamps: Stamps) -> tuple[np.ndarray, np.nda
     return torch.cat(means).numpy(), torch.cat(stds).numpy()
 
 
+def fitted_prior(vae: GalaxyVAE, seeing: StampEncoder, train: Stamps, k: int) -> GaussianMixture:
+    """A mixture that draws from the posteriors of all galaxies follow."""
+    from sklearn.mixture import GaussianMixture as Fit
+
+    means, stds = posterior(seeing, train)
+    rng = np.random.default_rng(1)
+    draws = means + stds * rng.standard_normal(means.shape)
+    draws = draws[np.abs(draws).max(1) < 8]
+    # a galaxy in a mirror is as likely
+    signs = vae.decoder.signs.numpy()
+    draws = np.concatenate([draws, *(draws * own for own in np.unique(signs, axis=0))])
+    fit = Fit(k, reg_covar=1e-3, random_state=1, n_init=2).fit(draws)
+    return GaussianMixture(fit.weights_, fit.means_, fit.covariances_)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--components", type=int, default=1)
+    parser.add_argument(
+        "--components", type=int, default=0, help="of a mixture as prior; 0: standard normal"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     state = torch.load(args.run / "checkpoint.pt", weights_only=True)
@@ -62,17 +79,8 @@ def main() -> None:
     seeing = StampEncoder(**encoder)
     seeing.load_state_dict(part("encoder"))
     train = Stamps(args.data, 0, "cpu")
-    means, stds = posterior(seeing, train)
-    from sklearn.mixture import GaussianMixture as Fit
-
-    rng = np.random.default_rng(1)
-    draws = means + stds * rng.standard_normal(means.shape)
-    draws = draws[np.abs(draws).max(1) < 8]
-    # a galaxy in a mirror is as likely
-    signs = vae.decoder.signs.numpy()
-    draws = np.concatenate([draws, *(draws * own for own in np.unique(signs, axis=0))])
-    fit = Fit(args.components, reg_covar=1e-3, random_state=1, n_init=2).fit(draws)
-    vae.prior = GaussianMixture(fit.weights_, fit.means_, fit.covariances_)
+    if args.components:
+        vae.prior = fitted_prior(vae, seeing, train, args.components)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     sets = {
         name: int(n) for name, n in zip(*np.unique(train.source, return_counts=True), strict=True)
