@@ -54,7 +54,8 @@ def refine_batch(
 ) -> BatchResult:
     """Maximum-posterior fits that start where `encode_batch` ends."""
     seen = encode_batch(setup, data, inv_sigma, psf, position)
-    return fit_learned_batch(replace(setup, start=seen.params), data, inv_sigma, psf, position)
+    setup = replace(setup, start=seen.params)
+    return fit_learned_batch(setup, data, inv_sigma, psf, position, only_start=True)
 
 
 @one_thread()

@@ -242,8 +242,13 @@ def fit_learned_batch(
     inv_sigma: np.ndarray,
     psf: PSF | Sequence[PSF] | None,
     position: np.ndarray,
+    *,
+    only_start: bool = False,
 ) -> BatchResult:
     """Fit every stamp of a batch with a learned galaxy; arguments as for `fit_batch`.
+
+    Fits start from a Sérsic fit and, if ``setup`` has a start, from there too; ``only_start``
+    leaves the first of these out.
 
     Returns
     -------
@@ -264,16 +269,20 @@ def fit_learned_batch(
         None,
     )
     solve = _Solver(problem, psf, shape)
+    given = None
     if setup.start is not None:
-        start = torch.as_tensor(setup.start, dtype=_WIDE, device=device)
-        result = solve(_from_params(problem, start))
-        return _summarise(problem, result)
-    sersic = replace(setup, model=SersicGalaxy2D(), priors={"n": INDEX_PRIOR})
+        given = _from_params(problem, torch.as_tensor(setup.start, dtype=_WIDE, device=device))
+        position = setup.start[:, 1:3]
+        if only_start:
+            return _summarise(problem, solve(given))
+    sersic = replace(setup, model=SersicGalaxy2D(), priors={"n": INDEX_PRIOR}, start=None)
     for name in ("x_0", "y_0"):
         sersic.bounds[name] = setup.bounds[name]
     first = fit_batch(sersic, data, inv_sigma, psf, position, covariance=False)
-    nested = _nested(problem, first)
+    nested = _nested(problem, first, given)
     result = solve(nested, nested[:, :2])
+    if given is not None:  # the better of the two
+        _keep_better(result, solve(given))
     return _summarise(problem, result)
 
 
@@ -339,6 +348,12 @@ class _Solver:
         )
 
 
+def _keep_better(result: LeastSquaresResult, other: LeastSquaresResult) -> None:
+    better = torch.nonzero(~(result.cost <= other.cost))[:, 0]
+    for name, value in vars(other).items():
+        getattr(result, name)[better] = value[better]
+
+
 def _from_params(problem: _LearnedProblem, params: torch.Tensor) -> torch.Tensor:
     """Coordinates of parameters (B, P)."""
     ln_r = torch.log(params[:, 3].clamp_min(1e-3))
@@ -350,8 +365,10 @@ def _from_params(problem: _LearnedProblem, params: torch.Tensor) -> torch.Tensor
     return u
 
 
-def _nested(problem: _LearnedProblem, first: BatchResult) -> torch.Tensor:
-    """Coordinates of fitted Sérsic profiles."""
+def _nested(
+    problem: _LearnedProblem, first: BatchResult, given: torch.Tensor | None
+) -> torch.Tensor:
+    """Coordinates of fitted Sérsic profiles; what is fixed is as ``given``, or the model has it."""
     decoder = problem.wide
     params = torch.as_tensor(first.params, dtype=_WIDE, device=problem.data.device)
     q = (1 - params[:, 5]).clamp(0.03, 0.97)
@@ -361,20 +378,22 @@ def _nested(problem: _LearnedProblem, first: BatchResult) -> torch.Tensor:
     u = torch.cat([params[:, 1:3], torch.log(params[:, 3:4]), params[:, 6:7], z], 1)
     if problem.walks_flux:
         u = torch.cat([u, params[:, :1] / problem.scale[:, None]], 1)
-    return _held(problem.setup, problem, u)
+    return _held(problem, u, given)
 
 
-def _held(setup: BatchSetup, problem: _LearnedProblem, u: torch.Tensor) -> torch.Tensor:
-    """Coordinates with what is fixed where the model has it."""
-    u = u.clone()
+def _held(problem: _LearnedProblem, u: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
+    setup, u = problem.setup, u.clone()
     for name, free in zip(setup.names, setup.free, strict=True):
         if free:
             continue
+        column = u.shape[1] - 1 if name == "flux" else setup.names.index(name) - 1
+        if given is not None:
+            u[:, column] = given[:, column]
+            continue
         own = float(np.ravel(getattr(setup.model, name).value)[0])
         if name == "flux":
-            u[:, -1] = own / problem.scale
+            u[:, column] = own / problem.scale
         else:
-            column = setup.names.index(name) - 1
             u[:, column] = np.log(max(own, 1e-3)) if name == "r_50" else own
     return u
 

@@ -63,19 +63,21 @@ def galaxy(small, psf):
 @pytest.mark.parametrize("with_psf", [True, False])
 def test_derivatives(galaxy, with_psf):
     """Against central differences, by every parameter."""
+    # without a PSF integrals over pixels have jumps of 1e-9 of the flux, where their order
+    # changes, which short differences would see
+    step, tolerance = (1e-4, 1e-6) if with_psf else (2e-3, 1e-4)
     y, x = np.mgrid[:41, :43].astype(float)
     if not with_psf:
         galaxy.psf = None
     slopes = galaxy.fit_deriv(x, y, *galaxy.parameters)
     for i, name in enumerate(galaxy.param_names):
-        step = 1e-4
         ends = []
         for sign in (1, -1):
             p = galaxy.parameters.copy()
             p[i] += sign * step
             ends.append(galaxy.evaluate(x, y, *p))
         expected = (ends[0] - ends[1]) / (2 * step)
-        assert_allclose(slopes[i], expected, atol=1e-6 * np.abs(expected).max(), err_msg=name)
+        assert_allclose(slopes[i], expected, atol=tolerance * np.abs(expected).max(), err_msg=name)
 
 
 @pytest.mark.parametrize("z", [(0.0, 0.0), (1.2, -0.8), (-0.9, 1.5)])
@@ -376,7 +378,7 @@ def test_encoder_any_size_and_refined(psf):
 
 
 def test_encoder_refuses(small, psf):
-    image = np.ones((31, 31))
+    image = np.random.default_rng(1).normal(1, 1, (31, 31))
     with pytest.raises(TypeError, match="EncoderFitter fits LearnedGalaxy2D"):
         fit_images(image, SersicGalaxy2D(), EncoderFitter(), uncertainty=1.0)
     with pytest.raises(TypeError, match="not trained"):

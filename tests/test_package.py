@@ -92,9 +92,10 @@ def test_import_time():
 
 
 def test_entry_points():
-    (fitter,) = entry_points(group="astropy.modeling", name="MAPFitter")
-    assert fitter.value == "galmorph.fitting:MAPFitter"
-    assert fitter.load() is galmorph.MAPFitter
+    for name in ("MAPFitter", "EncoderFitter"):
+        (fitter,) = entry_points(group="astropy.modeling", name=name)
+        assert fitter.value == f"galmorph.fitting:{name}"
+        assert fitter.load() is getattr(galmorph, name)
     (script,) = entry_points(group="console_scripts", name="galmorph")
     assert script.value == "galmorph.cli:main"
     assert callable(script.load())

@@ -17,6 +17,10 @@ from galmorph.nets.vae import GalaxyVAE
 __all__ = ["LatentPrior", "LearnedShape", "LearnedVAE"]
 
 
+# pixels from a fitted galaxy at which the brightest place is another one
+_NEIGHBOUR = 6.0
+
+
 class LatentPrior:
     """The prior of the latents, numpy in and out.
 
@@ -87,17 +91,32 @@ class LearnedVAE(GalaxyVAE):
         sigma = _noise(array)[:, None, None] * np.ones_like(array)
         result = self._fitted(array, sigma, ~good, None, None)
         mean, misfit = result.model_images, result.model_std_images
+        # a neighbour may be what the image is of
+        peaks = _peaks(np.where(good, array, 0.0))
+        far = np.hypot(*(peaks - result.params[:, 1:3]).T) > _NEIGHBOUR
+        for i in np.flatnonzero(far):
+            one = slice(i, i + 1)
+            other = self._fitted(array[one], sigma[one], ~good[one], None, None, peaks[one])
+            if other.chi2[0] < result.chi2[i] or not np.isfinite(result.chi2[i]):
+                mean[i], misfit[i] = other.model_images[0], other.model_std_images[0]
         noise = _best_noise(np.where(good, array - mean, np.nan), misfit)
         return mean, np.sqrt(misfit**2 + noise[:, None, None] ** 2)
 
-    def _fitted(self, array, sigma, mask, psf, fitter) -> Any:
+    def _fitted(self, array, sigma, mask, psf, fitter, positions=None) -> Any:
         # the fitters stand above the networks
         from galmorph.images import fit_images
         from galmorph.models.learned import LearnedGalaxy2D
 
         model = LearnedGalaxy2D(shape=LearnedShape(self))
         return fit_images(
-            array, model, fitter, uncertainty=sigma, mask=mask, psf=psf, background="constant"
+            array,
+            model,
+            fitter,
+            uncertainty=sigma,
+            mask=mask,
+            psf=psf,
+            positions=positions,
+            background="constant",
         )
 
     def elbo(self, *args: Any, **kwargs: Any) -> Any:
@@ -113,6 +132,15 @@ def _noise(images: np.ndarray) -> np.ndarray:
     steps = [np.diff(images, axis=axis).reshape(len(images), -1) for axis in (1, 2)]
     scatter = np.nanmedian(np.abs(np.concatenate(steps, 1)), 1) / (0.6745 * np.sqrt(2))
     return np.maximum(scatter, 1e-3 * np.nanmax(np.abs(images), (1, 2))).clip(1e-30)
+
+
+def _peaks(images: np.ndarray) -> np.ndarray:
+    """(x, y) of the brightest place of each smoothed image, (B, 2)."""
+    from scipy.ndimage import uniform_filter
+
+    smooth = uniform_filter(images, (0, 5, 5)).reshape(len(images), -1)
+    y, x = np.unravel_index(smooth.argmax(1), images.shape[1:])
+    return np.stack([x, y], 1).astype(float)
 
 
 def _best_noise(residual: np.ndarray, misfit: np.ndarray) -> np.ndarray:
