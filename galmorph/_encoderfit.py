@@ -144,7 +144,7 @@ def _look(setup, network, values, weight, fwhm, windows, position):
         windows,
         position=position,
         limit=least,
-        background=setup.background != "none",
+        background=True,  # as in training, where nothing was known of it
     )
     image = values - guess.level[:, None, None]
     first, flux = first_geometry(guess)

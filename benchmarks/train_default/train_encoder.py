@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=int, default=250)
+    parser.add_argument("--start-from", type=Path, help="checkpoint of an earlier training")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -34,6 +35,9 @@ def main() -> None:
     vae = load(args.weights).eval().requires_grad_(False)
     simulator = Simulator(vae.decoder, vae.prior)
     encoder = PosteriorEncoder(latent_dim=vae.decoder.latent_dim)
+    if args.start_from:
+        earlier = torch.load(args.start_from, weights_only=True)["encoder"]
+        encoder.load_state_dict(earlier, strict=False)
     rng = torch.Generator().manual_seed(args.seed)
     optimiser = torch.optim.Adam(encoder.parameters(), lr=args.rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

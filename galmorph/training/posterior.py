@@ -23,6 +23,10 @@ from galmorph.training.canonical import _FastRenderer
 __all__ = ["Simulated", "Simulator", "unknowns"]
 
 
+# of the largest stamp, that is cut away on each side, at most
+_MOST_CUT = 0.22
+
+
 @dataclass
 class Simulated:
     """Stamps and what they were made of; the geometry has r_50 for r."""
@@ -42,7 +46,7 @@ class Simulated:
 
 
 class Simulator:
-    """Draws galaxies from the prior of the latents on noisy stamps.
+    """Draws galaxies from the prior of the latents on noisy stamps of many sizes.
 
     Parameters
     ----------
@@ -50,7 +54,7 @@ class Simulator:
     prior : callable
         ``prior()`` is a torch distribution of latents.
     shape : tuple of int
-        (ny, nx).
+        (ny, nx) of the largest stamps.
     """
 
     def __init__(self, decoder: CanonicalDecoder, prior, shape: tuple[int, int] = (64, 64)) -> None:
@@ -72,7 +76,8 @@ class Simulator:
         _, _, light, radius = profile_of(self.decoder, z)
         fwhm = torch.exp(between(np.log(1.2), np.log(6.0), 1)).expand(count)
         size = torch.exp(between(np.log(0.8), np.log(9.0)))
-        r_50 = (size / q.sqrt()).clamp_max(0.3 * min(self.shape))
+        cut = int(torch.randint(0, int(_MOST_CUT * min(self.shape)) + 1, (), generator=rng))
+        r_50 = (size / q.sqrt()).clamp_max(0.3 * (min(self.shape) - 2 * cut))
         middle = 0.5 * (self.shape[1] - 1), 0.5 * (self.shape[0] - 1)
         geometry = Geometry(
             x_0=middle[0] + between(-1.5, 1.5),
@@ -92,9 +97,10 @@ class Simulator:
         image = clean + sigma * torch.randn(clean.shape, generator=rng)
         weight = (1.0 / sigma) * self._known(count, rng)
         ok = torch.isfinite(image).all(2).all(1)
-        made = Simulated(
-            image * (weight > 0), weight, fwhm, replace(geometry, r=r_50), flux * light, z
-        )
+        inner = np.s_[:, cut : self.shape[0] - cut, cut : self.shape[1] - cut]
+        geometry = replace(geometry, r=r_50, x_0=geometry.x_0 - cut, y_0=geometry.y_0 - cut)
+        image = (image * (weight > 0))[inner]
+        made = Simulated(image, weight[inner], fwhm, geometry, flux * light, z)
         return made[torch.nonzero(ok)[:, 0]]
 
     def _known(self, count: int, rng: torch.Generator) -> torch.Tensor:
@@ -146,7 +152,7 @@ class Simulator:
         guess = first_guess(
             made.image,
             made.weight > 0,
-            window_templates(psf, sigma, self.shape, made.image),
+            window_templates(psf, sigma, tuple(made.image.shape[1:]), made.image),
             position=torch.full((len(made.z), 2), torch.nan),
             limit=max(4.0, 1.5 * sigma),
             background=True,
