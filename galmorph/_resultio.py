@@ -117,6 +117,7 @@ def _state(result, max_psf: int) -> tuple[dict[str, Any], PSF | None]:
         "bounds": {n: [None if b is None else float(b) for b in model.bounds[n]] for n in names},
         "fixed": {n: bool(model.fixed[n]) for n in names},
         "tied": [n for n in names if model.tied[n]],
+        "weights": _weights_of(model),
         "background_terms": int(result.background.shape[1]),
         "data_unit": None if result.data_unit is None else result.data_unit.to_string(),
         "wcs": _wcs_state(result.wcs),
@@ -246,6 +247,23 @@ def _native(column: Any) -> np.ndarray:
     return values.astype(values.dtype.newbyteorder("="))
 
 
+def _weights_of(model: Model) -> dict | None:
+    """Name and hash of the installed weights of a learned model."""
+    network = getattr(model, "shape", None)
+    if getattr(network, "name", None) is None:
+        return None
+    return {"name": network.name, "sha256": network.vae.metadata.get("sha256")}
+
+
+def _network(weights: dict) -> Any:
+    from galmorph.nets.learned import LearnedShape
+
+    network = LearnedShape.from_pretrained(weights["name"])
+    if network.vae.metadata.get("sha256") != weights["sha256"]:
+        raise TypeError(f"the installed weights {weights['name']!r} are not those of the fits")
+    return network
+
+
 def _make_model(state: dict, psf: PSF | None, path: Path) -> Model:
     name, module = state["class"], state["module"]
     # Only our own modules: a data file is not to choose what is imported.
@@ -256,9 +274,11 @@ def _make_model(state: dict, psf: PSF | None, path: Path) -> Model:
         units = {n: u.Unit(text) for n, text in state["units"].items()}
         parameters = {n: v * units[n] if n in units else v for n, v in state["parameters"].items()}
         options = {} if psf is None else {"psf": psf}
+        if state.get("weights"):
+            options["shape"] = _network(state["weights"])
         bounds = {n: tuple(b) for n, b in state["bounds"].items()}
         model = cls(**parameters, bounds=bounds, fixed=state["fixed"], **options)
-    except (ImportError, AttributeError, TypeError) as err:
+    except (ImportError, AttributeError, TypeError, ValueError) as err:
         raise ValueError(f"{path}: cannot make a {name} ({err}); give it as model=") from None
     if state["tied"]:
         warnings.warn(

@@ -13,6 +13,7 @@ from galmorph import (
     PSF,
     EncoderFitter,
     FitFlag,
+    FitResult,
     LearnedGalaxy2D,
     MAPFitter,
     Normal,
@@ -415,6 +416,24 @@ def test_misfit_and_draws(psf):
     assert_allclose(result.sample(5, rng=3), result.sample(5, rng=np.random.default_rng(3)))
     sersic = fit_images(image, SersicGalaxy2D(), uncertainty=0.05, psf=psf)
     assert np.all(sersic.model_std_images == 0)
+
+
+def test_result_on_disk(psf, tmp_path, small):
+    """A file knows the weights by name; those that have none must be given."""
+    galaxy = LearnedGalaxy2D.from_pretrained(flux=100, x_0=20, y_0=20, r_50=4, psf=psf)
+    image = galaxy.render((41, 41)) + np.random.default_rng(33).normal(0, 0.1, (41, 41))
+    result = fit_images(image, galaxy, uncertainty=0.1)
+    for file in ("fit.ecsv", "fit.fits"):
+        result.write(tmp_path / file)
+        again = FitResult.read(tmp_path / file)
+        assert again.model.shape is galaxy.shape
+        assert_allclose(again.params, result.params, rtol=1e-12)
+        assert_allclose(again.model_images, result.model_images, rtol=1e-9, atol=1e-12)
+    own = LearnedGalaxy2D(shape=small, psf=psf)
+    fit_images(image, own, uncertainty=0.1).write(tmp_path / "own.fits")
+    with pytest.raises(ValueError, match="model="):
+        FitResult.read(tmp_path / "own.fits")
+    assert len(FitResult.read(tmp_path / "own.fits", model=own)) == 1
 
 
 def test_reconstruct(psf):
