@@ -423,6 +423,9 @@ class FitResult:
             with np.errstate(over="ignore"):
                 nothing = np.full(len(self), np.nan)
                 table["snr"] = np.divide(flux, error, out=nothing, where=error > 0)
+        derive = getattr(self.model, "derived", None)
+        for name, (value, error) in (derive(self.params, self.stds) if derive else {}).items():
+            table[name], table[f"{name}_err"] = value, error
         for name in ("chi2", "dof", "reduced_chi2", "flags", "n_iter"):
             table[name] = getattr(self, name)
         self._add_sky(table)

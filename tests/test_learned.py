@@ -427,6 +427,9 @@ def test_result_on_disk(psf, tmp_path, small):
         result.write(tmp_path / file)
         again = FitResult.read(tmp_path / file)
         assert again.model.shape is galaxy.shape
+        table = again.to_table()
+        assert_allclose(table["ellip"], 0.31, atol=0.1)  # of z1 = 0
+        assert np.all(table["n_err"] > 0)
         assert_allclose(again.params, result.params, rtol=1e-12)
         assert_allclose(again.model_images, result.model_images, rtol=1e-9, atol=1e-12)
     own = LearnedGalaxy2D(shape=small, psf=psf)

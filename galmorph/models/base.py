@@ -230,6 +230,23 @@ class GalaxyModel(Fittable2DModel):
         )
         return images[0] if single else images
 
+    def derived(
+        self, params: np.ndarray, stds: np.ndarray
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Quantities in the names of the field that are functions of the parameters.
+
+        Parameters
+        ----------
+        params, stds : array, shape (N, P)
+            Parameters and their standard deviations.
+
+        Returns
+        -------
+        dict of str to (array, array)
+            Values and standard deviations, shape (N,); empty but for learned models.
+        """
+        return {}
+
     def render_misfit(
         self,
         shape: tuple[int, int],

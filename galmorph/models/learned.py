@@ -276,6 +276,29 @@ class LearnedGalaxy2D(GalaxyModel):
         )
         return images[0] if single else images
 
+    def derived(
+        self, params: np.ndarray, stds: np.ndarray
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Sérsic index and ellipticity of the profile that the network bends.
+
+        Parameters
+        ----------
+        params, stds : array, shape (N, P)
+
+        Returns
+        -------
+        dict of str to (array, array)
+            ``n`` and ``ellip``, with standard deviations, shape (N,).
+        """
+        decoder = self._shape.vae.decoder
+        first = len(_GEOMETRY)
+        n = np.exp(decoder.index[0] + decoder.index[1] * params[:, first]).clip(0.2, 8.0)
+        q = 1 / (1 + np.exp(-(decoder.ratio[0] + decoder.ratio[1] * params[:, first + 1])))
+        return {
+            "n": (n, n * decoder.index[1] * stds[:, first]),
+            "ellip": (1 - q, q * (1 - q) * decoder.ratio[1] * stds[:, first + 1]),
+        }
+
     def render_misfit(
         self,
         shape: tuple[int, int],

@@ -124,7 +124,11 @@ class StampView:
     @cached_property
     def parameters(self) -> dict[str, float]:
         names = self.result.param_names
-        return dict(zip(names, map(float, np.asarray(self.result.params[self.i])), strict=True))
+        values = dict(zip(names, map(float, np.asarray(self.result.params[self.i])), strict=True))
+        derive = getattr(self.result.model, "derived", None)
+        params = np.asarray(self.result.params[self.i])[None]
+        derived = derive(params, np.zeros_like(params)) if derive else {}
+        return values | {name: float(value[0]) for name, (value, _) in derived.items()}
 
     @cached_property
     def ellipses(self) -> list[Ellipse]:
