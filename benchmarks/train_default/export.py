@@ -83,7 +83,8 @@ def main() -> None:
         vae.prior = fitted_prior(vae, seeing, train, args.components)
     log = [json.loads(line) for line in (args.run / "log.jsonl").read_text().splitlines()]
     sets = {
-        name: int(n) for name, n in zip(*np.unique(train.source, return_counts=True), strict=True)
+        str(name): int(n)
+        for name, n in zip(*np.unique(train.source, return_counts=True), strict=True)
     }
     save(
         vae,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from galmorph.nets import load, save
+from galmorph.nets.learned import LearnedShape
 from galmorph.nets.stamp_encoder import PosteriorEncoder, log_density, scalars_of, see
 from galmorph.nets.weights import _OWN
 from galmorph.training.posterior import Simulator, unknowns
@@ -33,7 +34,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     vae = load(args.weights).eval().requires_grad_(False)
-    simulator = Simulator(vae.decoder, vae.prior)
+    simulator = Simulator(LearnedShape(vae))
     encoder = PosteriorEncoder(latent_dim=vae.decoder.latent_dim)
     if args.start_from:
         earlier = torch.load(args.start_from, weights_only=True)["encoder"]

@@ -13,12 +13,11 @@ import torch
 
 from galmorph._batchfit import window_templates
 from galmorph._guess import first_guess
-from galmorph.nets.canonical import CanonicalDecoder
+from galmorph.nets.learned import LearnedShape
 from galmorph.nets.stamp_encoder import first_geometry
 from galmorph.psf import PSF
 from galmorph.rendering.learned import Geometry
-from galmorph.rendering.learned_model import profile_of
-from galmorph.training.canonical import _FastRenderer
+from galmorph.rendering.learned_model import learned_grid
 
 __all__ = ["Simulated", "Simulator", "unknowns"]
 
@@ -45,21 +44,27 @@ class Simulated:
         return Simulated(geometry=place, **{k: v[rows] for k, v in parts.items()})
 
 
+def gaussian_psf(fwhm: float) -> PSF:
+    """A round Gaussian PSF."""
+    sigma = fwhm / 2.3548
+    half = int(np.ceil(4 * sigma)) + 1
+    y, x = np.mgrid[-half : half + 1, -half : half + 1]
+    return PSF(np.exp(-0.5 * (x**2 + y**2) / sigma**2))
+
+
 class Simulator:
     """Draws galaxies from the prior of the latents on noisy stamps of many sizes.
 
     Parameters
     ----------
-    decoder : CanonicalDecoder
-    prior : callable
-        ``prior()`` is a torch distribution of latents.
+    network : LearnedShape
     shape : tuple of int
         (ny, nx) of the largest stamps.
     """
 
-    def __init__(self, decoder: CanonicalDecoder, prior, shape: tuple[int, int] = (64, 64)) -> None:
-        self.decoder, self.prior, self.shape = decoder, prior, shape
-        self.renderer = _FastRenderer(shape)
+    def __init__(self, network: LearnedShape, shape: tuple[int, int] = (64, 64)) -> None:
+        self.network, self.shape = network, shape
+        self.decoder = network.decoder()
 
     @torch.no_grad()
     def draw(self, count: int, rng: torch.Generator) -> Simulated:
@@ -68,12 +73,9 @@ class Simulator:
         def between(low: float, high: float, size: int = count) -> torch.Tensor:
             return low + (high - low) * torch.rand(size, generator=rng)
 
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))
-            z = self.prior().sample((count,))
-        z = z.clamp(-6, 6)
+        seed = int(torch.randint(2**62, (), generator=rng))
+        z = torch.as_tensor(self.network.prior.sample(count, seed)).float().clamp(-6, 6)
         n, q = self.decoder.profile(z)
-        _, _, light, radius = profile_of(self.decoder, z)
         fwhm = torch.exp(between(np.log(1.2), np.log(6.0), 1)).expand(count)
         size = torch.exp(between(np.log(0.8), np.log(9.0)))
         cut = int(torch.randint(0, int(_MOST_CUT * min(self.shape)) + 1, (), generator=rng))
@@ -82,13 +84,17 @@ class Simulator:
         geometry = Geometry(
             x_0=middle[0] + between(-1.5, 1.5),
             y_0=middle[1] + between(-1.5, 1.5),
-            r=r_50 / radius,
+            r=r_50,
             q=q,
             theta=between(-np.pi, np.pi),
             n=n,
         )
-        unit, _ = self.renderer(geometry, self.decoder.coefficients(z), fwhm)
-        # the first of the two is the S/N where the sky is all the noise there is
+        place = [torch.ones(count), geometry.x_0, geometry.y_0, r_50, geometry.theta]
+        params = torch.cat([torch.stack(place, 1), z], 1).double().numpy()
+        unit = learned_grid(
+            self.network, params, self.shape, psf=gaussian_psf(float(fwhm[0])), dtype="float32"
+        )
+        unit = torch.as_tensor(unit).float()
         snr = torch.exp(between(np.log(8.0), np.log(1500.0)))
         flux = snr / unit.square().sum((1, 2)).sqrt().clamp_min(1e-9)
         shot = torch.where(torch.rand(count, generator=rng) < 0.3, between(0.0, 0.2), 0.0)
@@ -98,9 +104,9 @@ class Simulator:
         weight = (1.0 / sigma) * self._known(count, rng)
         ok = torch.isfinite(image).all(2).all(1)
         inner = np.s_[:, cut : self.shape[0] - cut, cut : self.shape[1] - cut]
-        geometry = replace(geometry, r=r_50, x_0=geometry.x_0 - cut, y_0=geometry.y_0 - cut)
+        geometry = replace(geometry, x_0=geometry.x_0 - cut, y_0=geometry.y_0 - cut)
         image = (image * (weight > 0))[inner]
-        made = Simulated(image, weight[inner], fwhm, geometry, flux * light, z)
+        made = Simulated(image, weight[inner], fwhm, geometry, flux, z)
         return made[torch.nonzero(ok)[:, 0]]
 
     def _known(self, count: int, rng: torch.Generator) -> torch.Tensor:
@@ -121,7 +127,10 @@ class Simulator:
 
     @torch.no_grad()
     def first(self, made: Simulated, rng: torch.Generator) -> tuple[Geometry, torch.Tensor]:
-        """First geometries and fluxes: half of them guessed, half near the truth."""
+        """First geometries and fluxes: half of them guessed, half near the truth.
+
+        The level of the border is taken away from the images, in place.
+        """
         count = len(made.z)
         guess = self._guess(made, rng)
 
@@ -145,10 +154,8 @@ class Simulator:
         return Geometry(*place), flux
 
     def _guess(self, made: Simulated, rng: torch.Generator) -> list[torch.Tensor]:
-        sigma = float(made.fwhm[0]) / 2.3548
-        half = int(np.ceil(4 * sigma)) + 1
-        y, x = np.mgrid[-half : half + 1, -half : half + 1]
-        psf = PSF(np.exp(-0.5 * (x**2 + y**2) / sigma**2))
+        psf = gaussian_psf(float(made.fwhm[0]))
+        sigma = psf.sigma
         guess = first_guess(
             made.image,
             made.weight > 0,
@@ -157,6 +164,8 @@ class Simulator:
             limit=max(4.0, 1.5 * sigma),
             background=True,
         )
+        # as where the fitter knows nothing of the background
+        made.image -= torch.where(made.weight > 0, guess.level[:, None, None], 0.0)
         geometry, flux = first_geometry(guess, made.geometry.theta)
         return [getattr(geometry, f.name) for f in fields(geometry)] + [flux]
 
