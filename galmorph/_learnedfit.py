@@ -312,7 +312,7 @@ class _Solver:
                 lower=lower[here],
                 upper=upper[here],
                 max_iter=setup.max_iter,
-                tolerance=1e-2,
+                tolerance=5e-2,
                 relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
                 window=max(1, min(setup.window, _WINDOW)),
             )
