@@ -120,10 +120,16 @@ class LearnedVAE(GalaxyVAE):
         )
 
     def elbo(self, *args: Any, **kwargs: Any) -> Any:
-        """Not here: see `galmorph.training.canonical.CanonicalVAE`, which has the forward model."""
-        raise NotImplementedError(
-            "the preset 'galmorph' is trained through the PSF of each image: use "
-            "galmorph.training.canonical.CanonicalVAE"
+        """Not yet: `galmorph.training.canonical.CanonicalVAE` has the forward model.
+
+        Raises
+        ------
+        TypeError
+            Always.
+        """
+        raise TypeError(
+            "the preset 'galmorph' is trained through the PSF of each image, which this training "
+            "does not do yet: see benchmarks/train_default"
         )
 
 
