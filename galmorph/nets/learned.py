@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,7 +14,10 @@ from galmorph.nets.priors import StandardNormal
 from galmorph.nets.stamp_encoder import PosteriorEncoder
 from galmorph.nets.vae import GalaxyVAE
 
-__all__ = ["LatentPrior", "LearnedShape", "LearnedVAE"]
+if TYPE_CHECKING:
+    from galmorph.training.datasets import TrainingBatch
+
+__all__ = ["LatentPrior", "LearnedShape", "LearnedVAE", "noise_of"]
 
 
 # pixels from a fitted galaxy at which the brightest place is another one
@@ -73,7 +76,7 @@ class LearnedVAE(GalaxyVAE):
         from galmorph.fitting import EncoderFitter
 
         array = np.asarray(images, dtype=float)
-        sigma = _noise(array)[:, None, None] * np.ones_like(array)
+        sigma = noise_of(array)[:, None, None] * np.ones_like(array)
         mask = ~np.isfinite(array)
         if weight is not None:
             weight = np.asarray(weight, dtype=float)
@@ -88,7 +91,7 @@ class LearnedVAE(GalaxyVAE):
     def _reconstruct(self, array: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """At the maximum of the posterior, with the noise of each image as a parameter."""
         array = np.where(good, array, np.nan).astype(float)
-        sigma = _noise(array)[:, None, None] * np.ones_like(array)
+        sigma = noise_of(array)[:, None, None] * np.ones_like(array)
         result = self._fitted(array, sigma, ~good, None, None)
         mean, misfit = result.model_images, result.model_std_images
         # a neighbour may be what the image is of
@@ -119,21 +122,31 @@ class LearnedVAE(GalaxyVAE):
             background="constant",
         )
 
-    def elbo(self, *args: Any, **kwargs: Any) -> Any:
-        """Not yet: `galmorph.training.canonical.CanonicalVAE` has the forward model.
+    def elbo(
+        self,
+        batch: TrainingBatch,
+        *,
+        beta: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """Evidence lower bound of each image, seen through its own PSF and noise.
 
-        Raises
-        ------
-        TypeError
-            Always.
+        Parameters
+        ----------
+        batch, beta, generator
+            As for `GalaxyVAE.elbo`; the batch may have weights and PSFs.
+
+        Returns
+        -------
+        dict of Tensor, (B,)
+            As for `GalaxyVAE.elbo`, in units of the least noise of each image.
         """
-        raise TypeError(
-            "the preset 'galmorph' is trained through the PSF of each image, which this training "
-            "does not do yet: see benchmarks/train_default"
-        )
+        from galmorph.training.learned import learned_elbo  # training stands above the networks
+
+        return learned_elbo(self, batch, beta=beta, generator=generator)
 
 
-def _noise(images: np.ndarray) -> np.ndarray:
+def noise_of(images: np.ndarray) -> np.ndarray:
     """Standard deviation (B,) of the noise, from neighbouring pixels; a thousandth at least."""
     steps = [np.diff(images, axis=axis).reshape(len(images), -1) for axis in (1, 2)]
     scatter = np.nanmedian(np.abs(np.concatenate(steps, 1)), 1) / (0.6745 * np.sqrt(2))

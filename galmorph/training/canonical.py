@@ -25,7 +25,7 @@ from galmorph.rendering.learned import (
 from galmorph.rendering.sersic import sersic_table
 from galmorph.rendering.transfer import Transfer
 
-__all__ = ["CanonicalVAE", "Losses", "gaussian_transfer"]
+__all__ = ["CanonicalVAE", "FastRenderer", "Losses", "gaussian_transfer"]
 
 
 def gaussian_transfer(fwhm: torch.Tensor, box: tuple[int, int]) -> Transfer:
@@ -50,7 +50,7 @@ def _dense_matrix() -> torch.Tensor:
     return matrix[:, 1:-1].float()  # coefficients outside are zero
 
 
-class _FastRenderer(nn.Module):
+class FastRenderer(nn.Module):
     """Images of batches of stamps of one shape."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
@@ -66,10 +66,9 @@ class _FastRenderer(nn.Module):
         self.register_buffer("y", y.reshape(-1), persistent=False)
 
     def forward(
-        self, geometry: Geometry, coefficients: torch.Tensor, fwhm: torch.Tensor
+        self, geometry: Geometry, coefficients: torch.Tensor, transfer: Transfer
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Images (B, ny, nx) and elliptical radii of the pixels (B, ny * nx)."""
-        transfer = gaussian_transfer(fwhm, self.shape)
         points = geometry.to_canonical(self.x, self.y)
         u2 = points.square().sum(-1)
         scalars, _ = sersic_table(points.dtype, points.device).scalars_at(geometry.n)
@@ -121,7 +120,7 @@ class CanonicalVAE(nn.Module):
     ) -> None:
         super().__init__()
         self.decoder, self.encoder = decoder, encoder
-        self.renderer = _FastRenderer(shape)
+        self.renderer = FastRenderer(shape)
 
     def encode(
         self, image: torch.Tensor, weight: torch.Tensor, fwhm: torch.Tensor, first: Geometry, flux
@@ -147,7 +146,8 @@ class CanonicalVAE(nn.Module):
         z = mean if noise is None else mean + std * noise
         n, q = self.decoder.profile(z)
         geometry = replace(corrected(first, shift), n=n, q=q)
-        drawn, u = self.renderer(geometry, self.decoder.coefficients(z), fwhm)
+        transfer = gaussian_transfer(fwhm, self.renderer.shape)
+        drawn, u = self.renderer(geometry, self.decoder.coefficients(z), transfer)
         data, known = image.flatten(1), weight.flatten(1)
         drawn = drawn.flatten(1)
         used = known > 0
