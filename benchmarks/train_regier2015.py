@@ -95,7 +95,7 @@ def main() -> None:
         "curve_columns": ["step", "elbo_train", "log_likelihood_held_out", "rms_held_out"],
         "curve": curve,
     }  # fmt: skip
-    nets.save(vae, args.output, metadata=metadata)
+    nets.save(vae, args.output, metadata=metadata, half=["encoder", "decoder"])
     args.checkpoint.unlink(missing_ok=True)
     print(f"wrote {Path(args.output).name} after {time.monotonic() - start:.0f} s")
 

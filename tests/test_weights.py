@@ -302,3 +302,17 @@ def test_command_shows_problems(plugin, capsys):
     (plugin() / "mine.safetensors").write_bytes(b"nothing")
     assert main(["weights"]) == 0
     assert "cannot be used" in capsys.readouterr().out
+
+
+def test_half_the_size(tmp_path):
+    """Parts in 16 bits: a file of half the size that is read into 32 bits again."""
+    vae = nets.regier2015(image_shape=(21, 21))
+    about = {"training_data": "none", "training_data_hash": "none", "licence": "BSD-3-Clause"}
+    nets.save(vae, tmp_path / "whole.safetensors", metadata=about)
+    nets.save(vae, tmp_path / "half.safetensors", metadata=about, half=["encoder", "decoder"])
+    sizes = [(tmp_path / f"{n}.safetensors").stat().st_size for n in ("half", "whole")]
+    assert sizes[0] < 0.55 * sizes[1]
+    again = nets.load(tmp_path / "half.safetensors").state_dict()
+    for name, value in vae.state_dict().items():
+        assert again[name].dtype == value.dtype
+        assert torch.allclose(again[name], value, rtol=1e-3, atol=1e-6)

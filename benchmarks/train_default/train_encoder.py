@@ -100,7 +100,12 @@ def main() -> None:
     vae.encoder = encoder.eval()
     own = {k: v for k, v in vae.metadata.items() if k not in _OWN}
     rows = [json.loads(line) for line in (args.out / "log.jsonl").read_text().splitlines()]
-    save(vae, args.weights, metadata=own | {"encoder": {"steps": step, "last": rows[-1]}})
+    save(
+        vae,
+        args.weights,
+        metadata=own | {"encoder": {"steps": step, "last": rows[-1]}},
+        half=["encoder"],
+    )
 
 
 if __name__ == "__main__":

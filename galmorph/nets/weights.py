@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -68,7 +69,13 @@ class InstalledWeights:
 # -- one file ------------------------------------------------------------------------------
 
 
-def save(vae: GalaxyVAE, path: str | os.PathLike, *, metadata: dict[str, Any]) -> None:
+def save(
+    vae: GalaxyVAE,
+    path: str | os.PathLike,
+    *,
+    metadata: dict[str, Any],
+    half: Sequence[str] = (),
+) -> None:
     """Write a network to a file.
 
     Parameters
@@ -82,6 +89,9 @@ def save(vae: GalaxyVAE, path: str | os.PathLike, *, metadata: dict[str, Any]) -
         ``training_data_hash`` and ``licence`` are needed; ``canonical_scale`` (pixels of the
         canonical grid per half-light radius, None where there is none) and ``date`` (today)
         are filled in if they are not given.  Anything else is kept.
+    half : sequence of str, optional
+        Parts of the network (``"encoder"``, ``"decoder"``) that are kept in 16 bits: half the
+        size, three digits.  They are read into 32 bits again.
 
     Raises
     ------
@@ -110,7 +120,9 @@ def save(vae: GalaxyVAE, path: str | os.PathLike, *, metadata: dict[str, Any]) -
         raise ValueError(f"metadata must not have {', '.join(taken)}: galmorph fills them in")
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in vae.state_dict().items()}
     for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and name.split(".")[0] in half:
+            tensors[name] = tensor.half()
+        if not bool(tensors[name].isfinite().all()):
             raise ValueError(f"weights that are not finite are not saved: {name}")
     today = dt.datetime.now(dt.UTC).date().isoformat()
     header = {"canonical_scale": None, "date": today, **metadata}
