@@ -116,17 +116,8 @@ class GalaxyModel(Fittable2DModel):
         array or `~astropy.units.Quantity`
             Flux per pixel, in the shape of ``x``.
         """
-        from galmorph.rendering.evaluate import evaluate_points
-
         x, y, bare, unit = self._bare(x, y, params)
-        result = _over_sets(
-            lambda x, y, p: evaluate_points(
-                self.ellipses(), self.param_names, p, x, y, psf=self._psf
-            ),
-            x,
-            y,
-            bare,
-        )
+        result = _over_sets(lambda x, y, p: self._at_points(p, x, y), x, y, bare)
         return result if unit is None else u.Quantity(result, unit, copy=False)
 
     def fit_deriv(self, x: Any, y: Any, *params: Any) -> list[np.ndarray]:
@@ -144,20 +135,10 @@ class GalaxyModel(Fittable2DModel):
         list of array
             One for each parameter, in the shape of ``x``.
         """
-        from galmorph.rendering.evaluate import evaluate_points
-
         x, y, bare, _ = self._bare(x, y, params)
         x, y = np.broadcast_arrays(x, y)
         p = np.array([float(np.ravel(b)[0]) for b in bare])[None]
-        _, derivatives = evaluate_points(
-            self.ellipses(),
-            self.param_names,
-            p,
-            x.ravel(),
-            y.ravel(),
-            psf=self._psf,
-            derivatives=True,
-        )
+        _, derivatives = self._at_points(p, x.ravel(), y.ravel(), derivatives=True)
         return [d.reshape(x.shape) for d in derivatives[0]]
 
     def render(
@@ -202,8 +183,12 @@ class GalaxyModel(Fittable2DModel):
         >>> image.shape, round(float(image.sum()))
         ((41, 41), 100)
         """
-        from galmorph.rendering.evaluate import evaluate_grid
+        params, psf, single = self._drawn_with(params, psf)
+        images = self._on_grid(params, _check_shape(shape), psf, device=device, dtype=dtype)
+        return images[0] if single else images
 
+    def _drawn_with(self, params: Any, psf: Any) -> tuple[np.ndarray, Any, bool]:
+        """Parameters (N, P), PSFs, and whether one image is asked for."""
         single = params is None and len(self) == 1
         if params is None:
             _, _, bare, _ = self._bare(0.0, 0.0, [_value(self, n) for n in self.param_names])
@@ -213,22 +198,34 @@ class GalaxyModel(Fittable2DModel):
             raise ValueError(
                 f"params must be of shape (N, {len(self.param_names)}), not {params.shape}"
             )
-        shape = _check_shape(shape)
         psf = self._psf if psf is None else psf
         if psf is not None and not isinstance(psf, PSF):
             psf = PSF.from_any(psf) if _is_one_psf(psf) else [PSF.from_any(p) for p in psf]
         if isinstance(psf, list) and len(psf) != len(params):
             raise ValueError(f"there is one PSF or one a galaxy, not {len(psf)} for {len(params)}")
-        images = evaluate_grid(
+        return params, psf, single
+
+    def _at_points(
+        self, params: np.ndarray, x: np.ndarray, y: np.ndarray, *, derivatives: bool = False
+    ) -> Any:
+        """Light (N, m) of parameters (N, P) at points (m,), and derivatives (N, P, m)."""
+        from galmorph.rendering.evaluate import evaluate_points
+
+        return evaluate_points(
             self.ellipses(),
             self.param_names,
             params,
-            shape,
-            psf=psf,
-            device=device,
-            dtype=dtype,
+            x,
+            y,
+            psf=self._psf,
+            derivatives=derivatives,
         )
-        return images[0] if single else images
+
+    def _on_grid(self, params: np.ndarray, shape: tuple[int, int], psf: Any, **where: str) -> Any:
+        """Images (N, ny, nx) of parameters (N, P)."""
+        from galmorph.rendering.evaluate import evaluate_grid
+
+        return evaluate_grid(self.ellipses(), self.param_names, params, shape, psf=psf, **where)
 
     def derived(
         self, params: np.ndarray, stds: np.ndarray

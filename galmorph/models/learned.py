@@ -10,7 +10,7 @@ import astropy.units as u
 import numpy as np
 from astropy.modeling.parameters import Parameter
 
-from galmorph.models.base import GalaxyModel, _check_shape, _is_one_psf, _over_sets, _value
+from galmorph.models.base import GalaxyModel, _check_shape
 from galmorph.psf import PSF
 
 if TYPE_CHECKING:
@@ -210,71 +210,17 @@ class LearnedGalaxy2D(GalaxyModel):
 
     # -- drawing -----------------------------------------------------------------------
 
-    def evaluate(self, x, y, *params):
-        """The light in the pixels centred on ``x``, ``y``.
-
-        Parameters
-        ----------
-        x, y : array-like
-            Centres of pixels, on a grid with steps of one pixel or anywhere.
-        *params : array-like
-            The parameters, in the order of ``param_names``.
-
-        Returns
-        -------
-        array or `~astropy.units.Quantity`
-            Flux per pixel, in the shape of ``x``.
-        """
+    def _at_points(
+        self, params: np.ndarray, x: np.ndarray, y: np.ndarray, *, derivatives: bool = False
+    ) -> Any:
         from galmorph.rendering.learned_model import learned_points
 
-        x, y, bare, unit = self._bare(x, y, params)
-        result = _over_sets(
-            lambda x, y, p: learned_points(self._shape, p, x, y, psf=self._psf), x, y, bare
-        )
-        return result if unit is None else u.Quantity(result, unit, copy=False)
+        return learned_points(self._shape, params, x, y, psf=self._psf, derivatives=derivatives)
 
-    def fit_deriv(self, x: Any, y: Any, *params: Any) -> list[np.ndarray]:
-        """Derivatives by every parameter at points, for fitters.
-
-        Parameters
-        ----------
-        x, y : array-like
-            Centres of pixels.
-        *params : float
-            The parameters of one model.
-
-        Returns
-        -------
-        list of array
-            One for each parameter, in the shape of ``x``.
-        """
-        from galmorph.rendering.learned_model import learned_points
-
-        x, y, bare, _ = self._bare(x, y, params)
-        x, y = np.broadcast_arrays(x, y)
-        p = np.array([float(np.ravel(b)[0]) for b in bare])[None]
-        _, slopes = learned_points(
-            self._shape, p, x.ravel(), y.ravel(), psf=self._psf, derivatives=True
-        )
-        return [d.reshape(x.shape) for d in slopes[0]]
-
-    def render(
-        self,
-        shape: tuple[int, int],
-        *,
-        params: np.ndarray | None = None,
-        psf: PSF | Sequence[PSF] | None = None,
-        device: str = "cpu",
-        dtype: str = "float64",
-    ) -> np.ndarray:
-        """Draw images, without background; see `GalaxyModel.render`."""
+    def _on_grid(self, params: np.ndarray, shape: tuple[int, int], psf: Any, **where: str) -> Any:
         from galmorph.rendering.learned_model import learned_grid
 
-        params, psf, single = self._drawn_with(params, psf)
-        images = learned_grid(
-            self._shape, params, _check_shape(shape), psf=psf, device=device, dtype=dtype
-        )
-        return images[0] if single else images
+        return learned_grid(self._shape, params, shape, psf=psf, **where)
 
     def derived(
         self, params: np.ndarray, stds: np.ndarray
@@ -324,28 +270,11 @@ class LearnedGalaxy2D(GalaxyModel):
         given by the latents, that changes with the elliptical radius.  It is that of the images
         on which the network was trained.
         """
-        from galmorph.rendering.learned_model import learned_grid, misfit_fraction
+        from galmorph.rendering.learned_model import misfit_fraction
 
         params, psf, single = self._drawn_with(params, psf)
         shape = _check_shape(shape)
-        images = learned_grid(self._shape, params, shape, psf=psf)
-        images = np.abs(images) * misfit_fraction(self._shape, params, shape)
+        images = np.abs(self._on_grid(params, shape, psf)) * misfit_fraction(
+            self._shape, params, shape
+        )
         return images[0] if single else images
-
-    def _drawn_with(self, params: Any, psf: Any) -> tuple[np.ndarray, Any, bool]:
-        """Parameters (N, P), PSFs, and whether one image is asked for."""
-        single = params is None and len(self) == 1
-        if params is None:
-            _, _, bare, _ = self._bare(0.0, 0.0, [_value(self, n) for n in self.param_names])
-            params = np.stack([np.ravel(b) for b in bare], -1)
-        params = np.atleast_2d(np.asarray(params, dtype=float))
-        if params.ndim != 2 or params.shape[1] != len(self.param_names):
-            raise ValueError(
-                f"params must be of shape (N, {len(self.param_names)}), not {params.shape}"
-            )
-        psf = self._psf if psf is None else psf
-        if psf is not None and not isinstance(psf, PSF):
-            psf = PSF.from_any(psf) if _is_one_psf(psf) else [PSF.from_any(p) for p in psf]
-        if isinstance(psf, list) and len(psf) != len(params):
-            raise ValueError(f"there is one PSF or one a galaxy, not {len(psf)} for {len(params)}")
-        return params, psf, single
