@@ -91,6 +91,10 @@ class BatchSetup:
         self.free = [not (model.fixed[n] or model.tied[n] or n in round_ones) for n in self.names]
         default = model.default_bounds()
         self.bounds = {n: tuple(model.bounds[n]) for n in self.names}
+        for n, prior in self.priors.items():
+            if np.isfinite(prior.support).all():  # felt as bounds
+                low, high = _limits(self.bounds[n])
+                self.bounds[n] = (max(low, prior.support[0]), min(high, prior.support[1]))
         native = {n for n in self.names if self.bounds[n] != default[n]}
         native |= set(self.priors) | {n for n in self.names if not self.free[self.names.index(n)]}
         native |= self._touched_by_ties()
@@ -186,13 +190,15 @@ class _GalaxyProblem:
             result.penalty, result.penalty_chain = self._penalties(u, params)
         return result
 
-    def _draw(self, params: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    def _draw(
+        self, params: torch.Tensor, rows: torch.Tensor, *, derivatives: bool = True
+    ) -> torch.Tensor:
         """Images and raw derivatives (b, 1 + R, npix), each in the box that it needs."""
 
         def draw(renderer: FourierRenderer, these: torch.Tensor, psfs: torch.Tensor):
             own = params[these]
             drawn = components(self.setup.ellipses, self.setup.names, own)
-            raw = renderer.rows(psfs)(drawn, own[:, 1], own[:, 2], derivatives=True)
+            raw = renderer.rows(psfs)(drawn, own[:, 1], own[:, 2], derivatives=derivatives)
             return raw.columns.flatten(2)
 
         wide = self.wide_row[rows] >= 0
@@ -206,14 +212,17 @@ class _GalaxyProblem:
         columns[wide] = draw(self.wide_renderer, wide, self.wide_row[rows[wide]])
         return columns
 
-    def _pixel_columns(self, params: torch.Tensor) -> torch.Tensor:
+    def _pixel_columns(self, params: torch.Tensor, *, derivatives: bool = True) -> torch.Tensor:
         ny, nx = self.shape
         y, x = np.mgrid[:ny, :nx]
         unit = params.cpu().clone()
         unit[:, 0] = 1.0
-        image, slopes = pixel_images(
-            self.setup.ellipses, self.setup.names, unit.numpy(), x.ravel(), y.ravel(), True
+        drawn = pixel_images(
+            self.setup.ellipses, self.setup.names, unit.numpy(), x.ravel(), y.ravel(), derivatives
         )
+        if not derivatives:
+            return torch.as_tensor(drawn[:, None]).to(self.data)
+        image, slopes = drawn
         columns = np.concatenate([image[:, None], slopes[:, 1:]], 1)
         return torch.as_tensor(columns).to(self.data)
 
@@ -604,8 +613,24 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
     problem = solve.problem
     every = torch.arange(len(result.u), device=result.u.device)
     params = problem.params(result.u, every)
+    wide = needs_wider_box(setup, params, result.linear[:, 0], shape)
+    rows = torch.nonzero(wide & torch.isfinite(result.cost))[:, 0]
+    if not rows.numel():
+        return
+    own = psfs if len(psfs) == 1 else [psfs[i] for i in rows.tolist()]
+    problem.wide_renderer = _renderer(own, shape, start, shift, setup, reach=0.9)
+    problem.wide_row[rows] = torch.arange(len(rows), device=rows.device)
+    _take_better(result, solve(params, rows), rows, -torch.inf)
+
+
+def needs_wider_box(
+    setup: BatchSetup, params: torch.Tensor, flux: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
+    """Which galaxies are elongated and reach the edge of the stamp above the noise, (B,).
+
+    ``flux`` (B,) is in units of the smallest uncertainty of a pixel.
+    """
     at = {name: i for i, name in enumerate(setup.names)}
-    flux = result.linear[:, 0].abs()
     wide = torch.zeros(len(params), dtype=torch.bool, device=params.device)
     for e in setup.ellipses:
         if e.r is None:
@@ -615,14 +640,8 @@ def _redo_with_wider_box(setup, solve, result, psfs, shape, start, shift) -> Non
         scalars = sersic_table(_WIDE, params.device).scalars_at(n)[0]
         edge = 0.5 * min(shape) / r
         light = torch.exp(scalars[:, 1] - scalars[:, 0] * edge ** (1 / n)) / (r * r * (1 - ellip))
-        wide |= (ellip > 0.5) & (flux * light > 0.05)
-    rows = torch.nonzero(wide & torch.isfinite(result.cost))[:, 0]
-    if not rows.numel():
-        return
-    own = psfs if len(psfs) == 1 else [psfs[i] for i in rows.tolist()]
-    problem.wide_renderer = _renderer(own, shape, start, shift, setup, reach=0.9)
-    problem.wide_row[rows] = torch.arange(len(rows), device=rows.device)
-    _take_better(result, solve(params, rows), rows, -torch.inf)
+        wide |= (ellip > 0.5) & (flux.abs() * light > 0.05)
+    return wide
 
 
 def _summarise(solve, result, scale, covariance) -> BatchResult:

@@ -1,8 +1,7 @@
 """Training of the learned galaxy: real stamps, each through its own PSF, noise and mask.
 
 The forward model is that of `galmorph.rendering.learned`, drawn for speed: what the profile
-misses is interpolated linearly between twice as many nodes, and repetitions of the wings
-beyond the box are left in.
+misses is interpolated linearly between twice as many nodes, and ends with the stamp.
 """
 
 from __future__ import annotations
@@ -91,7 +90,12 @@ class FastRenderer(nn.Module):
         phases = sersic._phases(geometry.x_0, geometry.y_0)
         total = ((own * phases + spectrum) * transfer.amplitude).reshape(-1, lx // 2 + 1, ly)
         rows = torch.fft.ifft(total, dim=-1).transpose(-1, -2)
-        return torch.fft.irfft(rows, n=lx, dim=-1), torch.sqrt(u2)
+        image = torch.fft.irfft(rows, n=lx, dim=-1)[:, None]
+        # without these the wings are twice as bright at the border, and residuals learn it
+        image = sersic._without_repetitions(
+            image, [geometry.component()], geometry.x_0, geometry.y_0, False
+        )
+        return image[:, 0], torch.sqrt(u2)
 
 
 @dataclass
