@@ -14,10 +14,13 @@ __all__ = [
     "FitResult",
     "GalaxyVAE",
     "GaussianGalaxy2D",
+    "ImportanceFitter",
     "LearnedGalaxy2D",
     "LogNormal",
     "LogUniform",
     "MAPFitter",
+    "MCMCFitter",
+    "NestedFitter",
     "Normal",
     "PointSource2D",
     "SersicGalaxy2D",
@@ -42,7 +45,10 @@ _HOME = {
     "LogUniform": "priors",
     "Normal": "priors",
     "Uniform": "priors",
+    "ImportanceFitter": "sampling",
     "MAPFitter": "fitting",
+    "MCMCFitter": "sampling",
+    "NestedFitter": "sampling",
     "PSF": "psf",
     "fit_images": "images",
 }
@@ -56,7 +62,7 @@ def __getattr__(name: str):
             return "0+unknown"
     if name in _HOME:
         return getattr(importlib.import_module(f"galmorph.{_HOME[name]}"), name)
-    if name in {"plot", "detection", "benchmarks"}:
+    if name in {"calibration", "comparison", "derived", "detection", "noise", "plot"}:
         return importlib.import_module(f"galmorph.{name}")
     raise AttributeError(f"module 'galmorph' has no attribute {name!r}")
 

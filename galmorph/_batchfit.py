@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -58,6 +58,8 @@ class BatchSetup:
         How far the centre may go from the first guess, in pixels.
     start : array, shape (B, P), or None
         Where to start, instead of guessing.
+    correlation : CorrelatedNoise or None
+        What ties the noise of neighbouring pixels.
     origin : tuple of float
         (x, y) of the first pixel in the coordinates of the bounds of the model.
     """
@@ -71,6 +73,7 @@ class BatchSetup:
     max_iter: int = 60
     max_shift: float | None = None
     start: np.ndarray | None = None
+    correlation: Any = None
     origin: tuple[float, float] = (0.0, 0.0)
 
     def __post_init__(self) -> None:
@@ -136,6 +139,21 @@ class BatchSetup:
         return result
 
 
+def whitening_of(
+    setup: BatchSetup, weight: torch.Tensor, shape: tuple[int, int]
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """What makes noise independent: of weighted images (b, K, npix) of galaxies (b,)."""
+    if setup.correlation is None:
+        return None
+    used = (weight > 0).double().cpu().numpy().reshape(-1, *shape)
+    every = setup.correlation.whitening(used)
+
+    def whiten(images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return every.rows(rows.cpu().numpy())(images.unflatten(2, shape)).flatten(2)
+
+    return whiten
+
+
 def engine_of(model: GalaxyModel) -> Callable[..., BatchResult]:
     """The function that fits batches with a model: `fit_batch`, or one that is called like it."""
     from galmorph.models.learned import LearnedGalaxy2D
@@ -165,6 +183,7 @@ class _GalaxyProblem:
         self.data, self.weight, self.templates = data, weight, templates
         self.template_params, self.scale = template_params, scale
         self.linear_amplitude = setup.coordinates.linear_flux
+        self.whitening = whitening_of(setup, weight, shape)
         # galaxies that need a wider box, and where each one's PSF is in that renderer
         self.wide_renderer: FourierRenderer | None = None
         self.wide_row = torch.full((len(data),), -1, device=data.device)
@@ -547,6 +566,8 @@ class _Copies:
         self.data, self.weight = problem.data[source], problem.weight[source]
         self.templates = problem.templates
         self.linear_amplitude = problem.linear_amplitude
+        whiten = problem.whitening
+        self.whitening = whiten and (lambda images, rows: whiten(images, source[rows]))
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
         return self.problem.linearise(u, self.source[rows])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -196,7 +196,7 @@ def _with_chi2(setup, network, values, weight, psfs, params, cov):
             dtype=values.dtype,
             device=values.device,
         )
-        place = Geometry(*(getattr(geometry, f.name)[here] for f in fields(geometry)))
+        place = geometry.at(here)
         renderer = LearnedRenderer(shape, transfer, oversampling=sampling)
         drawn[here] = renderer.image(place, coefficients[here])
     rest = (values - (params[:, 0] / light)[:, None, None] * drawn) * weight

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from galmorph._batchfit import (
     background_templates,
     fit_batch,
     one_thread,
+    whitening_of,
 )
 from galmorph._posterior import _invert, wrap_axis
 from galmorph.inference.least_squares import (
@@ -77,6 +78,7 @@ class _LearnedProblem:
         self.exact_size, self.walks_flux = "r_50" in asked, "flux" in asked
         self.linear_amplitude = not self.walks_flux
         self.d = self.network.latent_dim
+        self.whitening = None
         # of galaxies that are worked on: columns of the latents, and where they were drawn
         self._kept: dict[int, torch.Tensor] = {}
         self._drawn_at: torch.Tensor | None = None
@@ -87,6 +89,8 @@ class _LearnedProblem:
         other.data, other.weight = self.data[rows], self.weight[rows]
         other.scale, other.renderer = self.scale[rows], renderer
         other._kept, other._drawn_at = {}, None
+        whiten = self.whitening
+        other.whitening = whiten and (lambda images, some: whiten(images, rows[some]))
         return other
 
     def split(self, u: torch.Tensor) -> tuple[Geometry, torch.Tensor]:
@@ -101,7 +105,12 @@ class _LearnedProblem:
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
         geometry, z = self.split(u)
-        columns = self._columns(u, rows, geometry, z)
+        made = self.assemble(u, geometry, self._columns(u, rows, geometry, z))
+        made.penalty, made.penalty_chain = self._penalties(u, rows)
+        return made
+
+    def assemble(self, u: torch.Tensor, geometry: Geometry, columns: torch.Tensor) -> Linearisation:
+        """What the columns are by the coordinates, and the amplitude where it is walked."""
         end = 4 + self.d
         bending = self.decoder.bending
         chain = u.new_zeros((len(u), 6 + len(bending), u.shape[1]))
@@ -115,13 +124,12 @@ class _LearnedProblem:
             by_z = log_slopes(self.wide, u[:, 4:end])
             if self.exact_size:
                 chain[:, 2, 4:end] = -by_z[:, 3]
-            if self.walks_flux:
+            if self.walks_flux and u.shape[1] > end:
                 light = profile_of(self.wide, u[:, 4:end])[2]
                 made.amplitude = u[:, end] / light
                 made.amplitude_chain = torch.zeros_like(u)
                 made.amplitude_chain[:, 4:end] = -made.amplitude[:, None] * by_z[:, 2]
                 made.amplitude_chain[:, end] = 1.0 / light
-        made.penalty, made.penalty_chain = self._penalties(u, rows)
         return made
 
     def _columns(
@@ -141,7 +149,7 @@ class _LearnedProblem:
             here = torch.nonzero(these)[:, 0]
             if not here.numel():
                 continue
-            place = Geometry(*(getattr(geometry, f.name)[here] for f in fields(geometry)))
+            place = geometry.at(here)
             own = wanted if wanted.shape[0] == 1 else wanted[here]
             drawn = self.renderer.rows(rows[here]).columns(place, coefficients[here], own)
             columns[here, : drawn.shape[1]] = drawn.flatten(2)
@@ -268,6 +276,7 @@ def fit_learned_batch(
         scale,
         None,
     )
+    problem.whitening = whitening_of(setup, problem.weight, shape)
     solve = _Solver(problem, psf, shape)
     given = None
     if setup.start is not None:

@@ -52,6 +52,9 @@ def write_result(result, path, *, overwrite: bool) -> None:
         values = getattr(result, name)
         if values.size:  # neither "no background" nor an empty result has a column
             table[column] = values
+    for name, values in result.extra.items():
+        if name not in table.colnames:
+            table[name] = values
     state, psf = _state(result, _MAX_PSF[kind])
     # Written beside the goal and moved there: nobody ever finds half a file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
@@ -118,6 +121,7 @@ def _state(result, max_psf: int) -> tuple[dict[str, Any], PSF | None]:
         "fixed": {n: bool(model.fixed[n]) for n in names},
         "tied": [n for n in names if model.tied[n]],
         "weights": _weights_of(model),
+        "extra": list(result.extra),
         "background_terms": int(result.background.shape[1]),
         "data_unit": None if result.data_unit is None else result.data_unit.to_string(),
         "wcs": _wcs_state(result.wcs),
@@ -213,6 +217,7 @@ def read_result(cls, path, *, model: Model | None):
         data_unit=None if unit is None else u.Unit(unit),
         wcs=_make_wcs(state["wcs"]),
         psf=None if of_model else psf,
+        extra={name: _native(table[name]) for name in state.get("extra", ())},
         meta=state["meta"],
     )
 

@@ -187,22 +187,68 @@ class Target:
         background = v[:, self.walked :] * self.scale[rows, None]
         return torch.cat([params, background], 1)
 
-    def from_params(self, params: torch.Tensor, background: torch.Tensor) -> torch.Tensor:
-        """Coordinates (B, D) of parameters (B, P) and backgrounds (B, nb) of all galaxies."""
+    def from_params(
+        self, params: torch.Tensor, background: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Coordinates (M, D) of parameters (M, P) and backgrounds (M, nb) of galaxies (all)."""
+        rows = torch.arange(len(params), device=params.device) if rows is None else rows
+        unit = (self._soft * self.scale)[rows, None]
         v = params.new_empty((len(params), self.size))
         for axis in self.axes:
             value = params[:, axis.parameters]
             if axis.kind == "log":
                 value = torch.log(value.clamp_min(1e-3))
             elif axis.kind == "flux":
-                value = torch.asinh(value / (self._soft * self.scale)[:, None])
+                value = torch.asinh(value / unit)
             elif axis.kind == "disc":
                 root = value[:, 0].clamp(0.0, MAX_ELLIP).sqrt()
                 twice = 2 * value[:, 1]
                 value = torch.stack([root * torch.cos(twice), root * torch.sin(twice)], 1)
             v[:, axis.coordinates] = value
-        v[:, self.walked :] = background / self.scale[:, None]
+        v[:, self.walked :] = background / self.scale[rows, None]
         return v
+
+    def log_stretch(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """ln of the volume of the parameters over that of the coordinates (M, D): (M,)."""
+        total = len(self.templates) * torch.log(self.scale[rows])
+        for axis in self.axes:  # a disc has the area of its two parameters
+            own = v[:, axis.coordinates]
+            if axis.kind == "log":
+                total = total + own.sum(1)
+            elif axis.kind == "flux":
+                unit = (self._soft * self.scale)[rows]
+                total = total + torch.log(torch.cosh(own[:, 0]) * unit)
+        return total
+
+    def from_unit(self, share: np.ndarray, rows: torch.Tensor) -> torch.Tensor:
+        """Coordinates (M, D) of points (M, D) of the unit cube, through the prior."""
+        share = np.clip(np.asarray(share, dtype=float), 1e-12, 1 - 1e-12)
+        v = np.empty_like(share)
+        for axis in self.axes:
+            own = share[:, axis.coordinates]
+            if axis.kind == "latent":
+                v[:, axis.coordinates] = self._latents_from_unit(own)
+                continue
+            if axis.kind == "flux" and axis.priors[0] is None:
+                ratio = (self._widest / self._soft)[rows].cpu().numpy()[:, None]
+                v[:, axis.coordinates] = np.arcsinh(ratio * (2 * own - 1))
+                continue
+            values = [p.ppf(own[:, i]) for i, p in enumerate(axis.priors)]
+            if axis.kind == "disc":
+                root = np.sqrt(np.clip(values[0], 0, None))
+                own = np.stack([root * np.cos(2 * values[1]), root * np.sin(2 * values[1])], 1)
+            else:
+                own = values[0][:, None]
+                if axis.kind == "log":
+                    own = np.log(own)
+                elif axis.kind == "flux":
+                    own = np.arcsinh(own / (self._soft * self.scale)[rows].cpu().numpy()[:, None])
+            v[:, axis.coordinates] = own
+        v[:, self.walked :] = _BACKGROUND_RANGE * (share[:, self.walked :] - 0.5)
+        return torch.as_tensor(v, device=self.scale.device)
+
+    def _latents_from_unit(self, share: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
 
     def params_jacobian(
         self, v: torch.Tensor, params: torch.Tensor, rows: torch.Tensor
@@ -350,6 +396,10 @@ class Target:
         if self._plain:
             rest = (data - model) * weight
             return self._normalisation[rows] - 0.5 * rest.square().sum(1, dtype=_WIDE)
+        if self.noise.correlated:
+            white = self._whitening(rows)(((data - model) * weight).unflatten(1, self.shape))
+            value = self._normalisation[rows] + self._white_log.to(self.scale)[rows]
+            return value - 0.5 * white.square().sum((1, 2), dtype=_WIDE)
         return self._map(model, data, weight, rows).sum((1, 2), dtype=_WIDE)
 
     def _map(self, model, data, weight, rows):
@@ -360,14 +410,13 @@ class Target:
         return self._noise_of(rows).log_prob(data, model, weight.view(shape) / scale)
 
     def _noise_of(self, rows: torch.Tensor) -> Any:
-        noise = self.noise
-        if getattr(noise, "correlated", False):
-            if not hasattr(self, "_bound"):
-                inv_sigma = (self._weight / self.scale[:, None, None]).cpu().numpy()
-                self._bound = noise.bind(inv_sigma)
-            return self._bound.rows(rows.cpu().numpy())
-        values = getattr(self, "noise_parameters", None)
-        return noise if values is None else noise.with_parameters(values[rows.cpu().numpy()])
+        return self.noise.rows(rows.cpu().numpy())
+
+    def _whitening(self, rows: torch.Tensor) -> Any:
+        if not hasattr(self, "_all_white"):
+            self._all_white = self.noise.whitening((self._weight > 0).double().cpu().numpy())
+            self._white_log = torch.as_tensor(self._all_white.log_det.sum((1, 2)))
+        return self._all_white.rows(rows.cpu().numpy())
 
     @property
     def _normalisation(self) -> torch.Tensor:
@@ -459,6 +508,9 @@ class Target:
         weight = self.weight[rows]
         if self._plain:
             return images * weight[:, None]
+        if self.noise.correlated:
+            whiten = self._whitening(rows)
+            return whiten((images * weight[:, None]).unflatten(2, self.shape)).flatten(2)
         scale = self.scale[rows].cpu().numpy()[:, None, None]
         shape = (-1, *self.shape)
         arrays = [a.view(shape).double().cpu().numpy() for a in (self.data[rows], model, weight)]
@@ -466,8 +518,6 @@ class Target:
         _, inv_sigma = noise.working(arrays[0] * scale, arrays[1] * scale, arrays[2] / scale)
         told = torch.as_tensor(inv_sigma * scale).to(images).flatten(1)
         images = images * told[:, None]
-        if getattr(noise, "correlated", False):
-            images = noise.whitening(images.unflatten(2, self.shape)).flatten(2)
         return images
 
     def _closed(self, hessian: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

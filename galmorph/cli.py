@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galmorph import _cli_train, _cli_weights
+from galmorph import _cli_calibrate, _cli_train, _cli_weights
 
 __all__ = ["main"]
 
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _cli_train.add_parser(commands)
     _cli_weights.add_parser(commands)
+    _cli_calibrate.add_parser(commands)
     return parser
 
 
@@ -309,7 +310,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return BAD_INPUT
-    run = {"demo": _demo, "fit": _fit, "train": _cli_train.run, "weights": _cli_weights.run}
+    run = {
+        "demo": _demo,
+        "fit": _fit,
+        "train": _cli_train.run,
+        "weights": _cli_weights.run,
+        "calibrate": _cli_calibrate.run,
+    }
     command = run[args.command]
     with _short_warnings():
         return _run(command, args)

@@ -7,7 +7,7 @@ astropy), so that torch is imported only when something is fitted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,12 +19,15 @@ from galmorph.flags import FitFlag
 if TYPE_CHECKING:
     from galmorph._stamps import StampBatch
     from galmorph.models.base import GalaxyModel
+    from galmorph.noise import NoiseModel
     from galmorph.priors import Prior
 
 __all__ = ["EncoderFitter", "MAPFitter", "StampFits"]
 
 # terms of each background
 _BACKGROUNDS = {"none": 0, "constant": 1, "tilted": 3}
+# how often noise that depends on the model is found anew, and what change ends this (in sigma)
+_REWEIGHTINGS, _SETTLED = 8, 0.03
 
 
 @dataclass
@@ -40,6 +43,8 @@ class StampFits:
     background, background_cov : array, shape (B, nb), (B, nb, nb)
         Constant, and slopes in x and y about the middle of the stamp.
     chi2, dof, n_iter, flags : array, shape (B,)
+    extra : dict of str to array, shape (B, ...)
+        What only some fitters find: draws, the evidence, parameters of the noise.
     """
 
     params: np.ndarray
@@ -50,6 +55,7 @@ class StampFits:
     dof: np.ndarray
     n_iter: np.ndarray
     flags: np.ndarray
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class MAPFitter(Fitter):
@@ -67,6 +73,10 @@ class MAPFitter(Fitter):
         galaxies from running away to n = 8 with twice their flux, and matters to no other;
         an empty mapping is maximum likelihood.  Fits the astropy way have no prior but
         what is given here.
+    noise : NoiseModel, optional
+        What the pixels do, of `galmorph.noise`; by default they are independent and Gaussian
+        with the uncertainty that is given.  Other noise is fitted by iteratively reweighted
+        least squares (Green 1984, J. R. Statist. Soc. B 46, 149).  Not for fits the astropy way.
     max_iter : int, optional
         Evaluations for each start.
     max_shift : float, optional
@@ -111,12 +121,15 @@ class MAPFitter(Fitter):
         self,
         *,
         priors: Mapping[str, Prior] | None = None,
+        noise: NoiseModel | None = None,
         max_iter: int = 40,
         max_shift: float | None = None,
         device: str = "cpu",
         dtype: str = "float32",
         batch_size: int = 96,
     ) -> None:
+        if noise is not None and not callable(getattr(noise, "log_prob", None)):
+            raise TypeError(f"noise must be a noise model, not {type(noise).__name__}")
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be 'float32' or 'float64', not {dtype!r}")
         if max_iter < 1 or batch_size < 1:
@@ -130,6 +143,7 @@ class MAPFitter(Fitter):
                     f"not {type(prior).__name__}"
                 )
         self.priors = None if priors is None else dict(priors)
+        self.noise = noise
         self.max_iter = int(max_iter)
         self.max_shift = max_shift
         self.device = device
@@ -139,6 +153,7 @@ class MAPFitter(Fitter):
 
     def __repr__(self) -> str:
         parts = [f"priors={self.priors!r}"] if self.priors else []
+        parts += [f"noise={self.noise!r}"] if self.noise else []
         parts += [f"dtype={self.dtype!r}", f"device={self.device!r}"]
         return f"MAPFitter({', '.join(parts)})"
 
@@ -161,7 +176,76 @@ class MAPFitter(Fitter):
         -------
         StampFits
         """
+        if self.noise is None:
+            return self._least_squares(batch, model, background)
+        return self._reweighted(batch, model, background)
+
+    def _reweighted(self, batch: StampBatch, model: GalaxyModel, background: str) -> StampFits:
+        """Fits with any noise, as a sequence of fits with the noise that goes with the last."""
+        noise, values = self.noise, None
+        fits = self._least_squares(batch, model, background)
+        told = bool(noise.parameter_names)
+        for _ in range(_REWEIGHTINGS if told or not noise.gaussian else 0):
+            images = self._images(fits, batch, model)
+            if told:
+                free = len(model.param_names) + fits.background.shape[1]
+                values = noise.fitted(batch.data, images, batch.inv_sigma, free)
+            bound = self._noise_at(fits, slice(None), batch, model, values)
+            data, inv_sigma = bound.working(batch.data, images, batch.inv_sigma)
+            before = fits
+            fits = self._least_squares(
+                replace(batch, data=data, inv_sigma=inv_sigma), model, background
+            )
+            with np.errstate(invalid="ignore", divide="ignore"):
+                step = np.abs(fits.params - before.params)
+                moved = step**2 > _SETTLED**2 * np.diagonal(fits.cov, axis1=1, axis2=2)
+            if not (moved & np.isfinite(fits.params)).any():
+                break
+        fits.cov = fits.cov / noise.information
+        fits.background_cov = fits.background_cov / noise.information
+        if values is not None:
+            fits.extra["noise_parameters"] = values
+        return fits
+
+    def _noise_at(
+        self, fits: StampFits, rows: Any, batch: StampBatch, model: GalaxyModel, values: Any = None
+    ) -> Any:
+        """The noise of some of the stamps, as far as it depends on their fits."""
+        noise = self.noise
+        if noise is None:
+            return None
+        values = fits.extra.get("noise_parameters") if values is None else values
+        if values is not None:
+            noise = noise.with_parameters(values[rows])
+        if getattr(noise, "needs_misfit", False):
+            noise = noise.bound(self._images(fits, batch, model, misfit=True)[rows])
+        return noise
+
+    def _images(
+        self, fits: StampFits, batch: StampBatch, model: GalaxyModel, *, misfit: bool = False
+    ) -> np.ndarray:
+        """Model and background of each stamp, or the misfit; zero where there is no fit."""
+        from galmorph._batchfit import background_templates
+
+        shape = batch.data.shape[1:]
+        images = np.zeros(batch.data.shape)
+        good = np.flatnonzero(np.isfinite(fits.params).all(1))
+        psf = model.psf if batch.psf is None else batch.psf
+        if isinstance(psf, list):
+            psf = [psf[i] for i in good]
+        if good.size:
+            draw = model.render_misfit if misfit else model.render
+            images[good] = draw(shape, params=fits.params[good], psf=psf)
+        if misfit or not fits.background.shape[1]:
+            return images
+        kind = {count: name for name, count in _BACKGROUNDS.items()}[fits.background.shape[1]]
+        templates = background_templates(kind, shape)
+        return images + np.einsum("nb,byx->nyx", np.nan_to_num(fits.background), templates)
+
+    def _least_squares(self, batch: StampBatch, model: GalaxyModel, background: str) -> StampFits:
+        """Fits with Gaussian noise of known width."""
         setup = self._setup(model, background)
+        self._names = setup.names
         flags = np.array(batch.flags, dtype=np.int32)
         usable = (batch.inv_sigma > 0).reshape(len(flags), -1).sum(1)
         n_background = _BACKGROUNDS[background]
@@ -189,7 +273,6 @@ class MAPFitter(Fitter):
 
         from galmorph._batchfit import BatchSetup
         from galmorph.models.base import GalaxyModel
-        from galmorph.priors import INDEX_PRIOR
 
         if not isinstance(model, GalaxyModel):
             raise TypeError(
@@ -199,10 +282,7 @@ class MAPFitter(Fitter):
         if background not in _BACKGROUNDS:
             raise ValueError(f"background must be one of {list(_BACKGROUNDS)}, not {background!r}")
         _astropy.validate_constraints(self.supported_constraints, model)
-        priors = self.priors
-        if priors is None:
-            indices = {p.get("n") for p in model._profiles if isinstance(p.get("n"), str)}
-            priors = {n: INDEX_PRIOR for n in indices if not (model.fixed[n] or model.tied[n])}
+        priors = self.priors_of(model)
         unknown = set(priors) - set(model.param_names)
         if unknown:
             raise ValueError(f"{type(model).__name__} has no parameter {sorted(unknown)[0]!r}")
@@ -216,7 +296,17 @@ class MAPFitter(Fitter):
             max_iter=self.max_iter,
             max_shift=self.max_shift,
             start=start,
+            correlation=self.noise if getattr(self.noise, "correlated", False) else None,
         )
+
+    def priors_of(self, model: GalaxyModel) -> dict[str, Prior]:
+        """Priors of the parameters of a model: those given, or a broad one on free indices."""
+        from galmorph.priors import INDEX_PRIOR
+
+        if self.priors is not None:
+            return dict(self.priors)
+        indices = {p.get("n") for p in model._profiles if isinstance(p.get("n"), str)}
+        return {n: INDEX_PRIOR for n in indices if not (model.fixed[n] or model.tied[n])}
 
     def _engine(self, model: GalaxyModel) -> Any:
         """The function that fits batches."""

@@ -55,6 +55,10 @@ class FitFlag(IntFlag):
     POOR_FIT = 4096
     #: No uncertainty was given; the noise was estimated from the stamp itself.
     NOISE_ESTIMATED = 8192
+    #: Markov chains have not converged (R-hat or the effective sample size).
+    CHAINS = 16384
+    #: The largest importance weights are too large (Pareto k above 0.7).
+    WEIGHTS = 32768
 
     #: Parameters that must not be used.
     FAILED = NO_DATA | FEW_PIXELS | BAD_PSF | OUTSIDE

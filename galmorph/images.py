@@ -18,7 +18,8 @@ from astropy.utils.exceptions import AstropyUserWarning
 from galmorph._checkpoint import Checkpoint
 from galmorph._stamps import StampBatch, StampSource, make_source
 from galmorph.flags import FitFlag
-from galmorph.results import BACKGROUND_TERMS, FitResult
+from galmorph.noise import GaussianNoise
+from galmorph.results import BACKGROUND_TERMS, FitResult, held_out_pixels
 
 __all__ = ["StampBatch", "StampSource", "fit_images", "stamp_source"]
 
@@ -52,6 +53,8 @@ def fit_images(
     progress: bool | Callable[[int, int], None] = False,
     batch_size: int | None = None,
     checkpoint: Any = None,
+    held_out: float | None = None,
+    held_out_seed: int = 0,
 ) -> FitResult:
     """Fit a model to every galaxy.
 
@@ -116,6 +119,10 @@ def fit_images(
     checkpoint : path, optional
         File in which finished batches are kept.  The same call goes on where
         it was stopped, and returns at once when it was finished.
+    held_out : float, optional
+        Fraction of the pixels, chosen at random, that are not fitted, so that models can be
+        judged on them (`FitResult.held_out_mask`).  The same for every model with the same seed.
+    held_out_seed : int, optional
 
     Returns
     -------
@@ -148,6 +155,8 @@ def fit_images(
     True
     """
     _check_arguments(model, background, batch_size, progress)
+    if held_out is not None and not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, not {held_out!r}")
     if fitter is None:
         from galmorph.fitting import MAPFitter
 
@@ -167,6 +176,9 @@ def fit_images(
         segmentation=segmentation,
     )
     job = _Job(source, model, fitter, background)
+    if held_out is not None:
+        job.held_out = {"fraction": float(held_out), "seed": int(held_out_seed)}
+        job.extra["held_out_row"] = np.arange(len(source))
     started = time.perf_counter()
     with _reporter(progress, len(source)) as report:
         job.run(batch_size, checkpoint, report)
@@ -180,6 +192,9 @@ def fit_images(
         wcs=source.wcs,
         psf=source.psfs.shared,
         stamps=source,
+        extra=job.extra,
+        noise=getattr(fitter, "noise", None) or GaussianNoise(),
+        priors=getattr(fitter, "priors_of", lambda model: {})(model),
         meta=_provenance(job, time.perf_counter() - started),
     )
 
@@ -253,6 +268,8 @@ class _Job:
     def __init__(self, source: StampSource, model: Model, fitter: Any, background: str) -> None:
         self.source, self.model, self.fitter, self.background = source, model, fitter, background
         self.errors: dict[str, str] = {}
+        self.extra: dict[str, np.ndarray] = {}
+        self.held_out: dict[str, Any] | None = None
         self._first_error: Exception | None = None
         self._any_fitted = False
         n, p, nb = len(source), len(model.param_names), BACKGROUND_TERMS[background]
@@ -286,6 +303,7 @@ class _Job:
             self._done[indices] = True
             if kept:
                 rows = {name: values[indices] for name, values in self.rows.items()}
+                rows |= {f"extra_{name}": a[indices] for name, a in self.extra.items()}
                 kept.save(index=indices, digest=np.uint32(_digest(batch)), **rows)
             self.source.release()
             report(len(indices))
@@ -298,6 +316,11 @@ class _Job:
         """Fit a batch and keep the rows, in coordinates of the stamps."""
         flags = self.rows["flags"]
         flags[batch.index] = batch.flags
+        if self.held_out is not None:
+            batch = batch[np.arange(len(batch))]
+            for k, i in enumerate(batch.index):
+                out = held_out_pixels(batch.data.shape[1:], int(i), **self.held_out)
+                batch.inv_sigma[k][out] = 0.0
         usable = (batch.inv_sigma > 0).sum(axis=(1, 2))
         blank = (batch.flags & FitFlag.NO_DATA) != 0
         flags[batch.index[(usable < self.n_free) & ~blank]] |= FitFlag.FEW_PIXELS
@@ -335,11 +358,21 @@ class _Job:
         for name in _FIELDS:
             if name != "flags":
                 self.rows[name][batch.index] = getattr(fits, name)
+        self._keep_extra(batch.index, getattr(fits, "extra", {}))
         self.rows["flags"][batch.index] |= np.asarray(fits.flags).astype(np.int32)
         nothing = batch.index[~np.isfinite(self.rows["params"][batch.index]).all(axis=1)]
         unsaid = nothing[(self.rows["flags"][nothing] & FitFlag.FAILED) == 0]
         self.rows["flags"][unsaid] |= _CRASHED
         self._any_fitted = True
+
+    def _keep_extra(self, index: np.ndarray, extra: dict[str, np.ndarray]) -> None:
+        """What not every fitter finds: NaN (or 0) for galaxies without."""
+        for name, values in extra.items():
+            if name not in self.extra:
+                blank = np.nan if np.issubdtype(values.dtype, np.floating) else 0
+                shape = (len(self.source), *values.shape[1:])
+                self.extra[name] = np.full(shape, blank, dtype=values.dtype)
+            self.extra[name][index] = values
 
     def _restore(self, record: dict[str, np.ndarray], path) -> None:
         indices = record["index"]
@@ -350,6 +383,10 @@ class _Job:
             )
         for name in self.rows:
             self.rows[name][indices] = record[name]
+        prefix = "extra_"
+        self._keep_extra(
+            indices, {n.removeprefix(prefix): a for n, a in record.items() if n.startswith(prefix)}
+        )
         self._done[indices] = True
         self._any_fitted = True
         self.source.release()
@@ -384,6 +421,7 @@ class _Job:
             "model psf": _psf_digest(getattr(model, "psf", None)),
             "fitter": describe(self.fitter),
             "background": self.background,
+            "held out": self.held_out,
             "number of galaxies": len(self.source),
             "stamps": zlib.crc32(self.source.shapes.tobytes() + self.source.origin.tobytes()),
             "unit": str(self.source.unit),
@@ -442,7 +480,9 @@ def _provenance(job: _Job, seconds: float) -> dict[str, Any]:
 
     import galmorph
 
-    return {
+    own = {} if job.held_out is None else {"held_out": job.held_out}
+    own |= getattr(job.fitter, "provenance", dict)()
+    return own | {
         "galmorph": galmorph.__version__,
         "astropy": astropy.__version__,
         "numpy": np.__version__,

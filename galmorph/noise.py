@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 __all__ = [
     "CorrelatedNoise",
     "GaussianNoise",
+    "LearnedNoise",
     "NoiseModel",
     "PoissonNoise",
     "StudentTNoise",
@@ -212,6 +214,16 @@ class NoiseModel:
             )
         return self
 
+    def rows(self, index: Any) -> NoiseModel:
+        """Noise of some images, where what is known of it differs from image to image."""
+        own = {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray) and v.ndim == 3}
+        own = {name: value[index] for name, value in own.items() if len(value) > 1}
+        if not own:
+            return self
+        other = copy(self)
+        vars(other).update(own)
+        return other
+
 
 class GaussianNoise(NoiseModel):
     """Independent Gaussian noise in every pixel.
@@ -342,6 +354,68 @@ class GaussianNoise(NoiseModel):
             if not (isinstance(value, float) and value == default)
         ]
         return f"GaussianNoise({', '.join(shown)})"
+
+
+class LearnedNoise(NoiseModel):
+    """Gaussian noise, and beside it what a learned galaxy knows of its own misfit.
+
+    The variance of a pixel is ``sigma**2 + (scale * misfit)**2``, with the misfit that
+    `LearnedGalaxy2D.render_misfit` draws (Regier et al. 2015, for a known noise).  A
+    parametric model has no misfit.
+
+    Parameters
+    ----------
+    scale : float, optional
+        Factor on the misfit.
+
+    Notes
+    -----
+    A fitter gives the misfit of the fitted galaxies with `bind`; without it there is none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from galmorph.noise import LearnedNoise
+    >>> noise = LearnedNoise().bind(np.full((1, 2, 2), 3.0))
+    >>> zero = np.zeros((1, 2, 2))
+    >>> noise.working(zero, zero, zero + 0.25)[1][0, 0]
+    array([0.2, 0.2])
+    """
+
+    #: Fitters have to `bind` the misfit.
+    needs_misfit = True
+
+    def __init__(self, *, scale: float = 1.0) -> None:
+        self.scale = _number("scale", scale)
+        if not np.all(self.scale >= 0):
+            raise ValueError("the scale of the misfit must not be negative")
+        self._misfit: np.ndarray | None = None
+
+    #: The misfit changes with the fit.
+    gaussian = False
+
+    def bind(self, misfit: ArrayLike) -> LearnedNoise:
+        """The noise where the misfit is known, (B, ny, nx) in the unit of the data."""
+        other = copy(self)
+        other._misfit = np.asarray(misfit, dtype=float) * self.scale
+        return other
+
+    def _bound(self) -> GaussianNoise:
+        floor = 0.0 if self._misfit is None else self._misfit
+        return GaussianNoise(floor=floor)
+
+    def log_prob(self, data: ArrayLike, model: ArrayLike, inv_sigma: ArrayLike) -> Any:
+        """Logarithm of the probability density of each pixel: see `NoiseModel.log_prob`."""
+        return self._bound().log_prob(data, model, inv_sigma)
+
+    def working(
+        self, data: ArrayLike, model: ArrayLike, inv_sigma: ArrayLike
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Gaussian problem with the misfit in its ``inv_sigma``."""
+        return self._bound().working(data, model, inv_sigma)
+
+    def __repr__(self) -> str:
+        return "LearnedNoise()" if self.scale == 1.0 else f"LearnedNoise(scale={self.scale!r})"
 
 
 class PoissonNoise(NoiseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from astropy import units as u
@@ -14,7 +14,11 @@ from astropy.table import QTable
 
 from galmorph import _sky
 from galmorph.flags import FitFlag
-from galmorph.noise import GaussianNoise
+from galmorph.noise import GaussianNoise, NoiseModel
+
+if TYPE_CHECKING:
+    from galmorph.posterior import Derived, Draws, Posterior
+    from galmorph.priors import Prior
 
 __all__ = ["FitResult"]
 
@@ -82,6 +86,13 @@ class FitResult:
     stamps : StampSource or None
         Where the pixels are read from again for images; None in a result
         that was read from a file.
+    extra : dict of str to array, shape (N, ...)
+        What only some fitters find: ``samples`` (N, S, P) in coordinates of the stamps, ``rhat``
+        and ``ess`` of chains, ``khat`` of weights, ``log_evidence``, ``noise_parameters`` ...
+    noise : NoiseModel
+        What the pixels were taken to do.
+    priors : dict of str to Prior
+        Of the parameters, as the fit had them.
     meta : dict
         Provenance: versions, date, model, fitter, options.
 
@@ -116,6 +127,9 @@ class FitResult:
     wcs: Any = None
     psf: Any = None
     stamps: Any = None
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    noise: NoiseModel = field(default_factory=GaussianNoise)
+    priors: dict[str, Prior] = field(default_factory=dict)
     meta: dict = field(default_factory=dict)
 
     # -- parameters ----------------------------------------------------------------------
@@ -160,6 +174,7 @@ class FitResult:
         return replace(
             self,
             **{name: getattr(self, name)[rows] for name in names},
+            extra={name: values[rows] for name, values in self.extra.items()},
             wcs=[self.wcs[i] for i in rows] if isinstance(self.wcs, list) else self.wcs,
             stamps=None if self.stamps is None else self.stamps.select(rows),
         )
@@ -235,8 +250,19 @@ class FitResult:
         data, inv_sigma, image = self._stamps(np.array([range(len(self))[i]]))
         return data[0], inv_sigma[0], image[0]
 
+    @property
+    def posterior(self) -> Posterior:
+        """What is known of every galaxy: draws, quantiles, densities; see `Posterior`.
+
+        The normal approximation of `MAPFitter` and `EncoderFitter`, or the draws of
+        `MCMCFitter`, `ImportanceFitter` and `NestedFitter`.
+        """
+        from galmorph.posterior import make_posterior
+
+        return make_posterior(self)
+
     def sample(self, n: int, rng: np.random.Generator | int | None = None) -> np.ndarray:
-        """Draw parameters from the (normal) posterior of every galaxy.
+        """Draw parameters from the posterior of every galaxy, without the background.
 
         Parameters
         ----------
@@ -248,14 +274,41 @@ class FitResult:
         array, shape (N, n, P)
             NaN where the fit failed or has no covariance; what was fixed stays.
         """
-        rng = np.random.default_rng(rng)
-        draws = rng.standard_normal((len(self), n, self.params.shape[1]))
-        usable = np.isfinite(self.cov).all((1, 2))
-        value, vector = np.linalg.eigh(np.where(usable[:, None, None], self.cov, 0.0))
-        factor = vector * np.sqrt(np.clip(value, 0, None))[:, None]
-        draws = self.params[:, None] + draws @ factor.transpose(0, 2, 1)
-        draws[~usable] = np.nan
-        return draws
+        return self.posterior.sample(n, rng)[..., : len(self.param_names)]
+
+    def derive(
+        self,
+        function: Callable[[Draws], np.ndarray],
+        *,
+        n: int = 400,
+        rng: np.random.Generator | int | None = 0,
+    ) -> Derived:
+        """The posterior of anything that follows from the parameters; see `Posterior.derive`."""
+        return self.posterior.derive(function, n=n, rng=rng)
+
+    def held_out_mask(self, i: int) -> np.ndarray:
+        """Usable pixels of one galaxy that were not fitted (``held_out`` of `fit_images`).
+
+        Parameters
+        ----------
+        i : int
+            Row of the galaxy.
+
+        Returns
+        -------
+        array of bool, shape (ny, nx)
+        """
+        self._require_stamps()
+        rows = np.array([range(len(self))[i]])
+        return self._left_out(rows, self.stamps.get(rows).inv_sigma > 0)[0]
+
+    def _left_out(self, rows: np.ndarray, used: np.ndarray) -> np.ndarray:
+        """Which of the ``used`` pixels (b, ny, nx) of galaxies were not fitted."""
+        told = self.meta.get("held_out")
+        if told is None:
+            return np.zeros_like(used)
+        index = self.extra["held_out_row"][rows].tolist()
+        return used & np.stack([held_out_pixels(used.shape[1:], k, **told) for k in index])
 
     @property
     def model_images(self) -> np.ndarray | list[np.ndarray]:
@@ -289,7 +342,7 @@ class FitResult:
 
     @property
     def log_likelihood_map(self) -> np.ndarray | list[np.ndarray]:
-        """Logarithm of each pixel's Gaussian probability density, (N, ny, nx) or a list.
+        """Logarithm of each pixel's probability density by ``noise``, (N, ny, nx) or a list.
 
         It is 0 in unusable pixels, so that the sum over a stamp is the
         galaxy's log-likelihood; NaN where the fit failed.
@@ -297,11 +350,19 @@ class FitResult:
 
         def log_prob(rows: np.ndarray) -> np.ndarray:
             data, inv_sigma, image = self._stamps(rows)
-            values = GaussianNoise().log_prob(data, image, inv_sigma)
+            values = self._noise(rows).log_prob(data, image, inv_sigma)
             values[self.failed[rows]] = np.nan
             return values
 
         return self._images(log_prob)
+
+    def _noise(self, rows: np.ndarray) -> NoiseModel:
+        """The noise of some galaxies, with what was found of it."""
+        values = self.extra.get("noise_parameters")
+        noise = self.noise if values is None else self.noise.with_parameters(values[rows])
+        if getattr(noise, "needs_misfit", False):
+            noise = noise.bound(self._render(rows, what="render_misfit"))
+        return noise
 
     def _images(self, compute: Callable, *, needs_pixels: bool = True) -> Any:
         """Images of all galaxies, by a function of rows of one shape."""
@@ -428,6 +489,9 @@ class FitResult:
             table[name], table[f"{name}_err"] = value, error
         for name in ("chi2", "dof", "reduced_chi2", "flags", "n_iter"):
             table[name] = getattr(self, name)
+        for name, values in self.extra.items():
+            if values.ndim == 1 and np.issubdtype(values.dtype, np.floating):
+                table[name] = values
         self._add_sky(table)
         table.meta.update({k: v for k, v in self.meta.items() if k != "errors" or v})
         table.meta["conventions"] = dict(CONVENTIONS)
@@ -526,6 +590,13 @@ class FitResult:
         from galmorph._resultio import read_result
 
         return read_result(cls, path, model=model)
+
+
+def held_out_pixels(
+    shape: tuple[int, int], index: int, *, fraction: float, seed: int
+) -> np.ndarray:
+    """Which pixels of galaxy number ``index`` of a job are not to be fitted, (ny, nx)."""
+    return np.random.default_rng([seed, index]).random(shape) < fraction
 
 
 def _is_angle(name: str) -> bool:

@@ -50,6 +50,8 @@ class Problem(Protocol):
     data: torch.Tensor  # (B, npix)
     weight: torch.Tensor  # (B, npix): 1/sigma, zero where unusable
     templates: torch.Tensor  # (nb, npix)
+    #: Of weighted images (b, K, npix) of problems (b,), where noise is correlated
+    whitening: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
         """The models of problems ``rows`` at coordinates ``u`` (b, U)."""
@@ -125,8 +127,11 @@ class _Evaluator:
             images = torch.cat([images[:, :1], templates, images[:, 1:]], 1)
         images = images * weight[:, None]
         wide = torch.float64
-        gram = (images @ images.transpose(1, 2)).to(wide)
         rest = problem.data[rows] * weight
+        whiten = getattr(problem, "whitening", None)
+        if whiten is not None:
+            images, rest = whiten(images, rows), whiten(rest[:, None], rows)[:, 0]
+        gram = (images @ images.transpose(1, 2)).to(wide)
         # amplitude (where it is solved for) and templates
         solved = lin.amplitude is None
         linear = slice(0 if solved else 1, 1 + nb)

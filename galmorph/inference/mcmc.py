@@ -56,6 +56,12 @@ class Streams:
     def __init__(self, seeds: Sequence[Sequence[int]]) -> None:
         self._each = [np.random.Generator(np.random.Philox(list(s))) for s in seeds]
 
+    def part(self, rows: Sequence[int]) -> Streams:
+        """Those of some problems; what they draw is drawn for the others too."""
+        other = Streams([])
+        other._each = [self._each[i] for i in rows]
+        return other
+
     def _stack(self, rows: torch.Tensor, draw: Callable) -> torch.Tensor:
         return torch.as_tensor(np.stack([draw(self._each[i]) for i in rows.tolist()]))
 

@@ -11,9 +11,11 @@ fitted background is subtracted from data and model; pixels that the fit did
 not use are grey and hatched; residuals are (data - model) / σ.
 """
 
+from .calibration import coverage, pulls, rank_histograms
 from .comparison import compare_fits
 from .covariance import corner
 from .latents import latents_tsne, posterior_draws, reconstructions, traversal
+from .model_comparison import evidence_differences, misfit, model_probabilities
 from .panels import fit
 from .profile import radial_profile
 from .sheet import contact_sheet
@@ -23,11 +25,17 @@ __all__ = [
     "compare_fits",
     "contact_sheet",
     "corner",
+    "coverage",
+    "evidence_differences",
     "fit",
     "latents_tsne",
     "loss_curves",
+    "misfit",
+    "model_probabilities",
     "posterior_draws",
+    "pulls",
     "radial_profile",
+    "rank_histograms",
     "reconstructions",
     "traversal",
 ]

@@ -10,7 +10,7 @@ of a box around the stamp, and takes the same waves from there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import numpy as np
@@ -60,6 +60,10 @@ class Geometry:
     q: torch.Tensor
     theta: torch.Tensor
     n: torch.Tensor
+
+    def at(self, index: torch.Tensor) -> Geometry:
+        """Of some galaxies."""
+        return Geometry(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def component(self) -> Component:
         """The profile, as the renderer takes it."""

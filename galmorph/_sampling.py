@@ -1,0 +1,488 @@
+"""Draws from the posteriors of a batch of stamps: what the fitters of `galmorph.sampling` do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from galmorph._batchfit import BatchSetup, one_thread
+from galmorph._target import GalaxyTarget, Target
+from galmorph.inference.mcmc import (
+    Proposal,
+    Streams,
+    Weighted,
+    importance_draws,
+    refine_proposal,
+    resample,
+    sample_chains,
+)
+from galmorph.models.learned import LearnedGalaxy2D
+from galmorph.psf import PSF
+
+if TYPE_CHECKING:
+    from galmorph.results import FitResult
+
+__all__ = ["Start", "importance", "log_posterior", "make_target", "markov_chains", "nested"]
+
+_WIDE = torch.float64
+# with more coordinates than this, draws from the normal approximation say little of its shape
+_ADAPTABLE = 16
+# draws by which a proposal is improved, and how often
+_PILOT, _ROUNDS = 160, 3
+_KINDS = {0: "none", 1: "constant", 3: "tilted"}
+
+
+def make_target(
+    setup: BatchSetup,
+    data: np.ndarray,
+    inv_sigma: np.ndarray,
+    psf: PSF | Sequence[PSF] | None,
+    params: np.ndarray,
+    *,
+    noise: Any = None,
+) -> Target:
+    """The posterior density of a batch of galaxies near ``params`` (B, P), in stamp pixels."""
+    kind = GalaxyTarget
+    if isinstance(setup.model, LearnedGalaxy2D):
+        from galmorph._learned_target import LearnedTarget
+
+        kind = LearnedTarget
+    return kind(setup, data, inv_sigma, psf, params, noise=noise)
+
+
+@dataclass
+class Start:
+    """Where sampling starts: a target, fitted parameters, and random numbers.
+
+    Attributes
+    ----------
+    target : Target
+    v : tensor, shape (B, D)
+        The fitted coordinates.
+    proposal : Proposal
+    streams : Streams
+    """
+
+    target: Target
+    v: torch.Tensor
+    proposal: Proposal
+    streams: Streams
+
+    @classmethod
+    def at(
+        cls,
+        target: Target,
+        params: np.ndarray,
+        background: np.ndarray,
+        seeds: Sequence[Sequence[int]],
+    ) -> Start:
+        """From parameters (B, P) and backgrounds (B, nb)."""
+        v = _coordinates(target, params, background)
+        v = _inside(target, v)
+        proposal = Proposal.from_curvature(v, target.curvature(v))
+        return cls(target, v, proposal, Streams(seeds))
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """All galaxies."""
+        return torch.arange(len(self.target), device=self.v.device)
+
+    def part(self, rows: np.ndarray) -> Start:
+        """Of some galaxies."""
+        index = torch.as_tensor(rows, device=self.v.device)
+        proposal = Proposal(self.proposal.centre[index], self.proposal.root[index])
+        return Start(
+            _Part(self.target, index), self.v[index], proposal, self.streams.part(rows.tolist())
+        )
+
+    def adapt(self) -> Weighted | None:
+        """Improve the proposals by a few rounds of weighted draws; the last of these."""
+        drawn = None
+        if self.target.size <= _ADAPTABLE:
+            for _ in range(_ROUNDS):
+                drawn = importance_draws(
+                    self.target, self.proposal, self.rows, _PILOT, self.streams
+                )
+                refine_proposal(self.proposal, self.rows, drawn)
+        return drawn
+
+
+class _Part:
+    """Some galaxies of a target."""
+
+    def __init__(self, target: Target, index: torch.Tensor) -> None:
+        self._target, self._index = target, index
+        self.size, self.axes, self.scale = target.size, target.axes, target.scale[index]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def log_prob(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self._target.log_prob(v, self._index[rows])
+
+    def log_prob_and_slope(self, v: torch.Tensor, rows: torch.Tensor):
+        return self._target.log_prob_and_slope(v, self._index[rows])
+
+    def to_params(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self._target.to_params(v, self._index[rows])
+
+
+def _coordinates(target: Target, params: np.ndarray, background: np.ndarray) -> torch.Tensor:
+    device = target.scale.device
+    values = torch.as_tensor(params, dtype=_WIDE, device=device)
+    if hasattr(target, "of_galaxies"):
+        values = target.of_galaxies(values)
+    return target.from_params(values, torch.as_tensor(background, dtype=_WIDE, device=device))
+
+
+def _inside(target: Target, v: torch.Tensor) -> torch.Tensor:
+    """A fit may end on a bound: go a little inwards from there."""
+    v = v.clone()
+    for axis in target.axes:
+        if axis.kind in ("flux", "latent", "angle") or axis.priors[0] is None:
+            continue
+        low, high = axis.priors[0].support
+        if axis.kind == "disc":
+            g = v[:, axis.coordinates].norm(dim=1, keepdim=True).clamp_min(1e-12)
+            limit = np.clip(
+                g.cpu().numpy(), np.sqrt(max(low, 0)) + 1e-3, np.sqrt(max(high, 0)) * 0.999
+            )
+            v[:, axis.coordinates] *= torch.as_tensor(limit).to(v) / g
+            continue
+        if axis.kind == "log":
+            low, high = np.log(max(low, 1e-6)), np.log(high)
+        room = min(1e-3, 0.01 * (high - low)) if np.isfinite(high - low) else 1e-3
+        v[:, axis.coordinates] = v[:, axis.coordinates].clamp(low + room, high - room)
+    return v
+
+
+def _to_params(target: Target, v: torch.Tensor) -> np.ndarray:
+    """Parameters and background (B, S, P + nb) of coordinates (B, S, D)."""
+    batch, count, size = v.shape
+    rows = torch.arange(batch, device=v.device).repeat_interleave(count)
+    values = target.to_params(v.reshape(-1, size), rows)
+    if hasattr(target, "to_galaxies"):
+        values = target.to_galaxies(values)
+    return values.view(batch, count, -1).cpu().numpy()
+
+
+@one_thread()
+@torch.no_grad()
+def importance(start: Start, count: int) -> dict[str, np.ndarray]:
+    """Weighted draws: samples (B, S, P + nb), weights (B, S), evidence, and what it is worth."""
+    start.adapt()
+    drawn = importance_draws(start.target, start.proposal, start.rows, count, start.streams)
+    weights = np.exp(drawn.log_weight.cpu().numpy())
+    return {
+        "samples": _to_params(start.target, drawn.v),
+        "weights": np.where(np.isfinite(weights), weights, 0.0),
+        "khat": drawn.khat,
+        "ess": drawn.ess,
+        "log_evidence": drawn.log_evidence,
+        "log_evidence_err": drawn.log_evidence_err,
+    }
+
+
+@one_thread()
+@torch.no_grad()
+def markov_chains(
+    start: Start, *, chains: int, draws: int, blocks: int, rhat: float, ess: float, keep: int
+) -> dict[str, np.ndarray]:
+    """Draws of chains: samples (B, keep, P + nb), chain after chain, rhat and ess."""
+    drawn = start.adapt()
+    rows = start.rows
+    if drawn is None:
+        y = start.streams.normal(rows, chains, start.target.size).to(start.v)
+        places = start.proposal.place(0.7 * y, rows)
+    else:
+        places = resample(drawn, rows, chains, start.streams)
+    made = sample_chains(
+        start.target,
+        start.proposal,
+        places,
+        start.streams,
+        draws=draws,
+        blocks=blocks,
+        rhat=rhat,
+        ess=ess,
+        summarise=lambda v, at: _told(start.target, v),
+    )
+    per_chain = max(1, keep // chains)
+    at = np.unique(np.linspace(0, draws - 1, min(per_chain, draws)).round().astype(int))
+    v = made.v[:, :, at].flatten(1, 2)
+    return {
+        "samples": _to_params(start.target, v),
+        "rhat": made.rhat,
+        "ess": made.ess,
+        "acceptance": made.acceptance,
+    }
+
+
+def _told(target: Target, v: torch.Tensor) -> torch.Tensor:
+    """What must have converged: an angle as a direction, all else as it is."""
+    angles = [c for axis in target.axes if axis.kind == "angle" for c in axis.coordinates]
+    if not angles:
+        return v
+    others = [c for c in range(v.shape[1]) if c not in angles]
+    turned = v[:, angles]
+    return torch.cat([v[:, others], torch.cos(turned), torch.sin(turned)], 1)
+
+
+@one_thread()
+@torch.no_grad()
+def ensembles(
+    start: Start, *, walkers: int, steps: int, blocks: int, rhat: float, ess: float, keep: int
+) -> dict[str, np.ndarray]:
+    """As `markov_chains`, by emcee: all walkers of all galaxies are one ensemble.
+
+    Walkers stretch only towards walkers of their own galaxy.
+    """
+    import emcee
+
+    from galmorph.inference.diagnostics import effective_sample_size, split_rhat
+
+    target, rows = start.target, start.rows
+    count, size = len(target), target.size
+    walkers = max(walkers, 2 * size + 2)
+    y = start.streams.normal(rows, walkers, size).to(start.v)
+    places = start.proposal.place(0.7 * y, rows)
+    each = rows.repeat_interleave(walkers)
+
+    def log_prob(v: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return target.log_prob(torch.as_tensor(v, device=start.v.device), at).cpu().numpy()
+
+    moves = [(_Stretch(count), 0.5), (_Differential(count), 0.5)]
+    state = _State(places.flatten(0, 1).cpu().numpy(), each, log_prob)
+    seed = int(start.streams.uniform(rows[:1], 1)[0, 0].item() * 2**31)
+    sampler = emcee.EnsembleSampler(
+        count * walkers, size, state.log_prob, moves=[m for m, _ in moves], vectorize=True
+    )
+    sampler._random.seed(seed)
+    kept, worst, least = None, np.full(count, np.inf), np.zeros(count)
+    current = state.coords
+    for block in range(blocks):
+        current = sampler.run_mcmc(current, steps * 2**block, skip_initial_state_check=True)
+        chain = sampler.get_chain()[-steps * 2**block :]
+        half = chain[len(chain) // 2 :].reshape(-1, count, walkers, size)
+        stride = max(1, len(half) // 400)
+        values = half[::stride].transpose(1, 3, 2, 0)
+        flat = torch.as_tensor(values.transpose(0, 2, 3, 1).reshape(-1, size).copy())
+        told = _told(target, flat).numpy().reshape(count, walkers, values.shape[-1], -1)
+        told = told.transpose(0, 3, 1, 2)
+        worst, least = split_rhat(told).max(1), effective_sample_size(told).min(1)
+        kept = values
+        if (worst <= rhat).all() and (least >= ess).all():
+            break
+    v = torch.as_tensor(kept.transpose(0, 2, 3, 1).reshape(count, -1, size).copy())
+    at = np.linspace(0, v.shape[1] - 1, min(keep, v.shape[1])).round().astype(int)
+    accepted = sampler.acceptance_fraction.reshape(count, walkers).mean(1)
+    return {
+        "samples": _to_params(target, v[:, at].to(start.v)),
+        "rhat": worst,
+        "ess": least,
+        "acceptance": accepted,
+    }
+
+
+class _State:
+    """Which galaxy each walker of an ensemble belongs to."""
+
+    def __init__(self, coords: np.ndarray, each: torch.Tensor, log_prob: Any) -> None:
+        self.coords, self._each, self._log_prob = coords, each, log_prob
+
+    def log_prob(self, v: np.ndarray) -> np.ndarray:
+        """Density of all walkers, or of every second one."""
+        each = self._each
+        if len(v) < len(each):  # half of each galaxy's walkers
+            each = each[: 2 * len(v) : 2] if len(v) * 2 == len(each) else each[: len(v)]
+        return self._log_prob(v, each)
+
+
+def _emcee_moves() -> tuple[type, type]:
+    from emcee.moves import RedBlueMove
+
+    class Within(RedBlueMove):
+        """Walkers move towards walkers of their own galaxy; neighbours in the ensemble."""
+
+        def __init__(self, count: int) -> None:
+            self.count = count
+            super().__init__(nsplits=2, randomize_split=False)
+
+        def _own(self, walkers: np.ndarray) -> np.ndarray:
+            return walkers.reshape(self.count, -1, walkers.shape[-1])
+
+    class Stretch(Within):
+        """Goodman & Weare 2010 (Comm. App. Math. Comp. Sci. 5, 65)."""
+
+        def get_proposal(self, s, c, random):
+            own, others = self._own(s), self._own(np.concatenate(c))
+            g, w, size = own.shape
+            zz = (random.rand(g, w) + 1) ** 2 / 2.0
+            at = random.randint(others.shape[1], size=(g, w))
+            partner = np.take_along_axis(others, at[..., None], 1)
+            moved = partner - (partner - own) * zz[..., None]
+            return moved.reshape(s.shape), (size - 1.0) * np.log(zz).ravel()
+
+    class Differential(Within):
+        """ter Braak 2006 (Stat. Comput. 16, 239)."""
+
+        def get_proposal(self, s, c, random):
+            own, others = self._own(s), self._own(np.concatenate(c))
+            g, w, size = own.shape
+            first = random.randint(others.shape[1], size=(g, w))
+            second = (first + random.randint(1, others.shape[1], size=(g, w))) % others.shape[1]
+            step = np.take_along_axis(others, first[..., None], 1)
+            step = step - np.take_along_axis(others, second[..., None], 1)
+            gamma = 2.38 / np.sqrt(2 * size) * np.where(random.rand(g, w, 1) < 0.1, 2.0, 1.0)
+            moved = own + gamma * step + 1e-5 * step * random.standard_normal(own.shape)
+            return moved.reshape(s.shape), np.zeros(g * w)
+
+    return Stretch, Differential
+
+
+def _Stretch(count: int) -> Any:
+    return _emcee_moves()[0](count)
+
+
+def _Differential(count: int) -> Any:
+    return _emcee_moves()[1](count)
+
+
+@one_thread()
+@torch.no_grad()
+def nested(start: Start, seeds: Sequence[Sequence[int]], *, live: int, keep: int, dlogz: float):
+    """Nested sampling of one galaxy after the other with dynesty: as `importance`."""
+    import dynesty
+
+    target, found = start.target, []
+    for row in start.rows.tolist():
+        rng = np.random.default_rng(list(seeds[row]))
+        where = torch.tensor([row], device=start.v.device)
+
+        def log_likelihood(v: np.ndarray, where: torch.Tensor = where) -> float:
+            u = torch.as_tensor(v, device=start.v.device)[None]
+            return float(target.log_likelihood(u, where)[0].clamp_min(-1e300))
+
+        def transform(share: np.ndarray, where: torch.Tensor = where) -> np.ndarray:
+            return target.from_unit(share[None], where)[0].cpu().numpy()
+
+        sampler = dynesty.NestedSampler(
+            log_likelihood, transform, target.size, nlive=live, rstate=rng, sample="rwalk"
+        )
+        sampler.run_nested(dlogz=dlogz, print_progress=False)
+        done = sampler.results
+        weights = np.exp(done.logwt - done.logz[-1])
+        at = rng.choice(len(weights), keep, p=weights / weights.sum())
+        v = torch.as_tensor(done.samples[at], device=start.v.device)
+        values = target.to_params(v, where.expand(keep))
+        if hasattr(target, "to_galaxies"):
+            values = target.to_galaxies(values)
+        size = 1.0 / np.square(weights / weights.sum()).sum()
+        found.append((values.cpu().numpy(), done.logz[-1], done.logzerr[-1], size))
+    names = ("samples", "log_evidence", "log_evidence_err", "ess")
+    return {
+        name: np.array(part) for name, part in zip(names, zip(*found, strict=True), strict=True)
+    }
+
+
+# -- of results ----------------------------------------------------------------------------
+
+
+def targets_of(
+    result: FitResult, rows: np.ndarray | None = None, *, dtype: str = "float64"
+) -> Iterator[tuple[np.ndarray, Target]]:
+    """Targets of galaxies that were fitted (those that failed are left out).
+
+    Parameters
+    ----------
+    result : FitResult
+    rows : array of int, optional
+        Which galaxies; all by default.
+    dtype : {"float32", "float64"}, optional
+
+    Yields
+    ------
+    rows : array of int
+    target : Target
+    """
+    result._require_stamps()
+    wanted = np.arange(len(result)) if rows is None else np.asarray(rows)
+    for some in result._batches():
+        some = some[np.isin(some, wanted) & ~result.failed[some]]
+        if not len(some):
+            continue
+        batch = result.stamps.get(some)
+        inv_sigma = np.where(result._left_out(some, batch.inv_sigma > 0), 0.0, batch.inv_sigma)
+        params = _in_stamp(result, some)
+        psf = batch.psf if batch.psf is not None else getattr(result.model, "psf", None)
+        setup = BatchSetup(
+            model=result.model,
+            priors=result.priors,
+            background=_KINDS[result.background.shape[1]],
+            dtype=getattr(torch, dtype),
+        )
+        for part, own in by_psf(psf, len(some)):
+            yield (
+                some[part],
+                make_target(
+                    setup,
+                    batch.data[part],
+                    inv_sigma[part],
+                    own,
+                    params[part],
+                    noise=result._noise(some[part]),
+                ),
+            )
+
+
+def by_psf(psf: Any, count: int) -> Iterator[tuple[np.ndarray, Any]]:
+    """Galaxies whose PSFs are sampled alike, and these PSFs."""
+    if not isinstance(psf, list):
+        yield np.arange(count), psf
+        return
+    kinds: dict[Any, list[int]] = {}
+    for i, p in enumerate(psf):
+        key = None
+        if p is not None:
+            key = (p.oversampling, p.includes_pixel, p.shape[0] % 2, p.shape[1] % 2)
+        kinds.setdefault(key, []).append(i)
+    for key, rows in kinds.items():
+        yield np.array(rows), None if key is None else [psf[i] for i in rows]
+
+
+def _in_stamp(result: FitResult, rows: np.ndarray) -> np.ndarray:
+    params = result.params[rows].copy()
+    for axis, name in enumerate(("x_0", "y_0")):
+        if name in result.param_names:
+            params[:, result.param_names.index(name)] -= result.origin[rows, axis]
+    return params
+
+
+@one_thread()
+@torch.no_grad()
+def log_posterior(result: FitResult, params: np.ndarray) -> np.ndarray:
+    """Density (N, n) of parameters and background (N, n, P + nb), not normalised."""
+    found = np.full(params.shape[:2], np.nan)
+    size = len(result.param_names)
+    for rows, target in targets_of(result):
+        own = params[rows].copy()
+        for axis, name in enumerate(("x_0", "y_0")):
+            if name in result.param_names:
+                column = result.param_names.index(name)
+                own[..., column] -= result.origin[rows, None, axis]
+        flat = torch.as_tensor(own.reshape(-1, own.shape[2]))
+        at = torch.arange(len(rows)).repeat_interleave(own.shape[1])
+        values, background = flat[:, :size], flat[:, size:]
+        if hasattr(target, "of_galaxies"):
+            values = target.of_galaxies(values)
+        v = target.from_params(values, background, at)
+        density = target.log_prob(v, at) - target.log_stretch(v, at)
+        found[rows] = density.view(own.shape[:2]).numpy()
+    return found
