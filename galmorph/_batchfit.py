@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 _WIDE = torch.float64
+# -ln(axis ratio) below which an ellipse is drawn as if it were this
+_ROUND = 1e-3
 
 
 @dataclass
@@ -193,6 +195,8 @@ class _GalaxyProblem:
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
         setup, coordinates = self.setup, self.setup.coordinates
+        if self.renderer is None:
+            u = self._not_round(u)
         params = self.params(u, rows)
         if self.renderer is None:
             columns = self._pixel_columns(params)
@@ -208,6 +212,16 @@ class _GalaxyProblem:
         if setup.priors:
             result.penalty, result.penalty_chain = self._penalties(u, params)
         return result
+
+    def _not_round(self, u: torch.Tensor) -> torch.Tensor:
+        """Coordinates where an ellipse has an angle, without which its slopes say nothing."""
+        u = u.clone()
+        for block in self.setup.coordinates.blocks:
+            if block.kind == "ellipse":
+                first = block.coordinates[1]
+                g = torch.linalg.norm(u[:, block.coordinates[1:]], dim=1)
+                u[:, first] = torch.where(g < _ROUND, _ROUND, u[:, first])
+        return u
 
     def _draw(
         self, params: torch.Tensor, rows: torch.Tensor, *, derivatives: bool = True

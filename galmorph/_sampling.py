@@ -175,14 +175,16 @@ def _to_params(target: Target, v: torch.Tensor) -> np.ndarray:
 
 @one_thread()
 @torch.no_grad()
-def importance(start: Start, count: int) -> dict[str, np.ndarray]:
+def importance(start: Start, count: int, *, draws: bool = True) -> dict[str, np.ndarray]:
     """Weighted draws: samples (B, S, P + nb), weights (B, S), evidence, and what it is worth."""
     start.adapt()
     drawn = importance_draws(start.target, start.proposal, start.rows, count, start.streams)
-    weights = np.exp(drawn.log_weight.cpu().numpy())
-    return {
-        "samples": _to_params(start.target, drawn.v),
-        "weights": np.where(np.isfinite(weights), weights, 0.0),
+    found = {}
+    if draws:
+        weights = np.exp(drawn.log_weight.cpu().numpy())
+        found["samples"] = _to_params(start.target, drawn.v)
+        found["weights"] = np.where(np.isfinite(weights), weights, 0.0)
+    return found | {
         "khat": drawn.khat,
         "ess": drawn.ess,
         "log_evidence": drawn.log_evidence,
@@ -374,7 +376,7 @@ def nested(start: Start, seeds: Sequence[Sequence[int]], *, live: int, keep: int
             return target.from_unit(share[None], where)[0].cpu().numpy()
 
         sampler = dynesty.NestedSampler(
-            log_likelihood, transform, target.size, nlive=live, rstate=rng, sample="rwalk"
+            log_likelihood, transform, target.size, nlive=live, rstate=rng
         )
         sampler.run_nested(dlogz=dlogz, print_progress=False)
         done = sampler.results
@@ -463,6 +465,31 @@ def _in_stamp(result: FitResult, rows: np.ndarray) -> np.ndarray:
         if name in result.param_names:
             params[:, result.param_names.index(name)] -= result.origin[rows, axis]
     return params
+
+
+def evidence_of(
+    result: FitResult,
+    rows: np.ndarray,
+    target: Target,
+    seeds: Sequence[Sequence[int]],
+    method: str,
+    count: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithm of the evidence (b,) and its error, of galaxies ``rows`` of a result."""
+    with one_thread(), torch.no_grad():
+        start = Start.at(target, _in_stamp(result, rows), result.background[rows], seeds)
+    if method == "nested":
+        found = nested(start, seeds, live=count, keep=100, dlogz=0.01)
+        return found["log_evidence"], found["log_evidence_err"]
+    if method == "importance":
+        found = importance(start, count, draws=False)
+        return found["log_evidence"], found["log_evidence_err"]
+    with one_thread(), torch.no_grad():
+        root = start.proposal.root
+        log_volume = torch.diagonal(root, dim1=1, dim2=2).log().sum(1)
+        log_volume = log_volume + 0.5 * target.size * np.log(2 * np.pi)
+        value = target.log_prob(start.v, start.rows) + log_volume
+    return value.cpu().numpy(), np.full(len(rows), np.nan)
 
 
 @one_thread()

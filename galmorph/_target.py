@@ -434,7 +434,7 @@ class Target:
         inside = torch.nonzero(torch.isfinite(result))[:, 0]
         if len(inside):
             result[inside] += self.log_likelihood(v[inside], rows[inside])
-        return torch.nan_to_num(result, nan=-torch.inf, posinf=-torch.inf)
+        return torch.nan_to_num(result, nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
     def log_prob_and_slope(
         self, v: torch.Tensor, rows: torch.Tensor

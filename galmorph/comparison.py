@@ -61,7 +61,8 @@ class ModelComparison:
     held_out : array, shape (N, M)
         Logarithm of the predictive density of the pixels that were held out; NaN if none were.
     log_evidence, log_evidence_err : array, shape (N, M)
-        Logarithm of the evidence and its standard error; NaN if it was not asked for.
+        Logarithm of the evidence and its standard error; NaN if it was not asked for, and the
+        error for Laplace's approximation, of which it is not known.
     prior : array, shape (M,)
         Probability of each model before the data.
     meta : dict

@@ -243,6 +243,8 @@ def posterior_predictive(
     p is more often near 0.5 than if it were uniform; this matters where parameters are not
     few compared with pixels.  Moran's I (Moran 1950, Biometrika 37, 17) is taken over the
     four nearest neighbours, about zero; residuals of correlated noise are whitened first.
+    What a learned model knows of its own misfit (``model_std_images``) is not in the
+    simulated data: p says whether the model is exact within the noise.
 
     Examples
     --------

@@ -191,10 +191,18 @@ class TestCriteria:
 class TestEvidence:
     """Of a linear model with a flat prior of the flux the evidence is known."""
 
+    @pytest.fixture(scope="module")
+    def pair(self, linear):
+        return {name: result[:3] for name, result in linear.items()}
+
+    @pytest.fixture(scope="module")
+    def importance(self, pair):
+        return compare(pair, rng=1)
+
     @pytest.mark.parametrize("method", ["importance", "laplace"])
-    def test_closed_form(self, linear, method):
-        comparison = compare(linear, evidence=method)
-        for k, result in enumerate(linear.values()):
+    def test_closed_form(self, pair, importance, method):
+        comparison = importance if method == "importance" else compare(pair, evidence=method)
+        for k, result in enumerate(pair.values()):
             for i, (template, data, inv_sigma, fitted, _) in enumerate(templates(result)):
                 weight = np.where(fitted, inv_sigma, 0.0) ** 2
                 variance = 1 / (template**2 * weight).sum()
@@ -206,18 +214,23 @@ class TestEvidence:
                     + 0.5 * np.log(2 * np.pi * variance)
                     - np.log(2 * widest)
                 )
-                error = comparison.log_evidence_err[i, k]
-                assert abs(comparison.log_evidence[i, k] - expected) < 5 * error + 0.02
+                # single precision of a sum of some 500 pixels; draws have an error that they know
+                error = np.nan_to_num(comparison.log_evidence_err[i, k])
+                assert abs(comparison.log_evidence[i, k] - expected) < 5 * error + 1e-3
 
-    def test_bayes_factor_and_best(self, linear):
-        comparison = compare(linear, evidence="laplace")
-        value, error = comparison.log_bayes_factor("right", "wrong")
-        assert_allclose(value, comparison.log_evidence[:, 0] - comparison.log_evidence[:, 1])
-        assert_array_equal(comparison.best == "right", value > 0)
+    def test_bayes_factor_and_best(self, pair, importance):
+        value, error = importance.log_bayes_factor("right", "wrong")
+        assert_array_equal(importance.best == "right", value > 0)
         assert_allclose(
-            value, -np.diff(np.log(comparison.probability), axis=1)[:, 0], atol=1e-9, rtol=1e-9
+            value, -np.diff(np.log(importance.probability), axis=1)[:, 0], atol=1e-9, rtol=1e-9
         )
-        assert np.all(error >= 0)
+        assert_allclose(error, np.hypot(*importance.log_evidence_err.T))
+        exact, _ = compare(pair, evidence="laplace").log_bayes_factor("right", "wrong")
+        assert np.all(np.abs(value - exact) < 5 * error + 1e-3)
+
+    def test_repeats_exactly(self, pair, importance):
+        again = compare(pair, rng=np.random.default_rng(1))
+        assert_array_equal(again.log_evidence, importance.log_evidence)
 
 
 class TestProbabilities:
@@ -488,15 +501,15 @@ def truth(count, noise, *, n=1.0, seed=2, side=SIDE):
 class TestPosteriorPredictive:
     @pytest.fixture(scope="module")
     def right(self):
-        data, sigma, mask, _ = truth(150, GaussianNoise())
+        data, sigma, mask, _ = truth(100, GaussianNoise())
         model = SersicGalaxy2D(n=1.0)
         model.n.fixed = True
         return fit_images(data, model, uncertainty=sigma, mask=mask)
 
     @pytest.mark.parametrize("statistic", ["chi2", "max", "moran"])
     def test_uniform_for_the_right_model(self, right, statistic):
-        p = posterior_predictive(right, draws=60, statistic=statistic)
-        dithered = (60 * p + np.random.default_rng(1).random(len(p))) / 61
+        p = posterior_predictive(right, draws=40, statistic=statistic)
+        dithered = (40 * p + np.random.default_rng(1).random(len(p))) / 41
         assert stats.kstest(dithered, "uniform").pvalue > 0.01
 
     @pytest.mark.parametrize("noise", NOISES, ids=repr)

@@ -127,6 +127,8 @@ def evidence_differences(
     >>> ax.get_xlabel()
     'S/N of the flux'
     """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     value, error = comparison.log_bayes_factor(a, b)
     snr = comparison.snr[:, comparison.index(a)]
     shown = np.isfinite(value) & (snr > 0)
@@ -140,6 +142,9 @@ def evidence_differences(
         ax.errorbar(snr[rows], value[rows], error[rows], **style)
         ax.text(0.02, y, f"for {name}", color=color, transform=ax.transAxes, va=align)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_yscale("symlog", linthresh=2 * _STRONG)
     reach = 2 * max(2 * _STRONG, float(np.abs(value[shown]).max(initial=0.0)))
     ax.set(ylim=(-reach, reach), xlabel="S/N of the flux", ylabel=f"ln Z({a}) − ln Z({b})")
