@@ -385,6 +385,7 @@ class BatchResult:
     cov: np.ndarray
     background: np.ndarray
     background_cov: np.ndarray
+    cross_cov: np.ndarray
     chi2: np.ndarray
     cost: np.ndarray
     n_iter: np.ndarray
@@ -705,6 +706,7 @@ def _summarise(solve, result, scale, covariance) -> BatchResult:
         "cov": cov[:, :split, :split],
         "background": result.linear[:, 1:] * scale[:, None],
         "background_cov": cov[:, split:, split:],
+        "cross_cov": cov[:, :split, split:],
         "chi2": result.chi2,
         "cost": result.cost,
         "n_iter": result.n_iter,

@@ -126,6 +126,7 @@ def encode_batch(
         cov=cov,
         background=background * scale[:, None],
         background_cov=background_cov * (scale**2)[:, None, None],
+        cross_cov=np.zeros((len(data), params.shape[1], background.shape[1])),
         chi2=chi2,
         cost=chi2,
         n_iter=np.full(len(data), _PASSES),

@@ -475,6 +475,7 @@ def _summarise(problem: _LearnedProblem, result: LeastSquaresResult) -> BatchRes
         "cov": cov[:, :split, :split],
         "background": result.linear[:, 1:] * scale[:, None],
         "background_cov": cov[:, split:, split:],
+        "cross_cov": cov[:, :split, split:],
         "chi2": result.chi2,
         "cost": result.cost,
         "n_iter": result.n_iter,

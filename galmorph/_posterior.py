@@ -212,7 +212,7 @@ def _carry_over(solve, node, inverse, own, z, shift=0.0):
     weight = ((u >= lower[:, None]) & (u <= upper[:, None])).all(2).to(_WIDE)
     u = torch.minimum(torch.maximum(u, lower[:, None]), upper[:, None])
     points = z.shape[0]
-    flat = problem.project(u.reshape(-1, size), None)
+    flat = problem.project(u.flatten(0, 1), None)
     u = flat.reshape(u.shape)
     for block in setup.coordinates.blocks:
         if block.kind == "ellipse":

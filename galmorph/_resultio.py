@@ -36,6 +36,8 @@ _EXACT = {
 _PLAIN = {"ids": "id", "chi2": "chi2", "dof": "dof", "flags": "flags", "n_iter": "n_iter"}
 #: PSFs with more samples than this are not written: an ECSV file holds them as text.
 _MAX_PSF = {"ecsv": 101**2, "fits": 2048**2}
+#: Numbers in a cell that a reader of ECSV files takes.
+_MAX_CELL = 4000
 
 
 # -- writing -------------------------------------------------------------------------------
@@ -52,10 +54,12 @@ def write_result(result, path, *, overwrite: bool) -> None:
         values = getattr(result, name)
         if values.size:  # neither "no background" nor an empty result has a column
             table[column] = values
-    for name, values in result.extra.items():
+    extra = _writable(result.extra, kind)
+    for name, values in extra.items():
         if name not in table.colnames:
             table[name] = values
     state, psf = _state(result, _MAX_PSF[kind])
+    state["extra"] = list(extra)
     # Written beside the goal and moved there: nobody ever finds half a file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
@@ -63,6 +67,21 @@ def write_result(result, path, *, overwrite: bool) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _writable(extra: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
+    """What of the extra arrays a file of this kind can hold."""
+    large = [n for n, v in extra.items() if v.ndim > 1 and v[:1].size > _MAX_CELL]
+    if kind == "fits" or not large:
+        return extra
+    warnings.warn(
+        "the draws are too many for an ECSV file, which holds them as text: write .fits to keep "
+        "them; mean and covariance are there",
+        AstropyUserWarning,
+        stacklevel=5,
+    )
+    dropped = {*large, "samples", "weights"}
+    return {name: values for name, values in extra.items() if name not in dropped}
 
 
 def _format(path: Path) -> tuple[str, str]:
@@ -121,7 +140,6 @@ def _state(result, max_psf: int) -> tuple[dict[str, Any], PSF | None]:
         "fixed": {n: bool(model.fixed[n]) for n in names},
         "tied": [n for n in names if model.tied[n]],
         "weights": _weights_of(model),
-        "extra": list(result.extra),
         "background_terms": int(result.background.shape[1]),
         "data_unit": None if result.data_unit is None else result.data_unit.to_string(),
         "wcs": _wcs_state(result.wcs),

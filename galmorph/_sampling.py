@@ -31,8 +31,10 @@ __all__ = ["Start", "importance", "log_posterior", "make_target", "markov_chains
 _WIDE = torch.float64
 # with more coordinates than this, draws from the normal approximation say little of its shape
 _ADAPTABLE = 16
-# draws by which a proposal is improved, and how often
-_PILOT, _ROUNDS = 160, 3
+# draws by which a proposal is improved, round after round
+_PILOT = (120, 160, 240, 400)
+# how often weighted draws may be made until their weights can be trusted
+_ATTEMPTS, _KHAT = 3, 0.7
 _KINDS = {0: "none", 1: "constant", 3: "tilted"}
 
 
@@ -81,6 +83,12 @@ class Start:
         seeds: Sequence[Sequence[int]],
     ) -> Start:
         """From parameters (B, P) and backgrounds (B, nb)."""
+        device = target.scale.device
+        if isinstance(target, GalaxyTarget):
+            target.settle(
+                torch.as_tensor(params, dtype=_WIDE, device=device),
+                torch.as_tensor(background, dtype=_WIDE, device=device),
+            )
         v = _coordinates(target, params, background)
         v = _inside(target, v)
         proposal = Proposal.from_curvature(v, target.curvature(v))
@@ -103,10 +111,8 @@ class Start:
         """Improve the proposals by a few rounds of weighted draws; the last of these."""
         drawn = None
         if self.target.size <= _ADAPTABLE:
-            for _ in range(_ROUNDS):
-                drawn = importance_draws(
-                    self.target, self.proposal, self.rows, _PILOT, self.streams
-                )
+            for count in _PILOT:
+                drawn = importance_draws(self.target, self.proposal, self.rows, count, self.streams)
                 refine_proposal(self.proposal, self.rows, drawn)
         return drawn
 
@@ -151,10 +157,10 @@ def _inside(target: Target, v: torch.Tensor) -> torch.Tensor:
         low, high = axis.priors[0].support
         if axis.kind == "disc":
             g = v[:, axis.coordinates].norm(dim=1, keepdim=True).clamp_min(1e-12)
-            limit = np.clip(
-                g.cpu().numpy(), np.sqrt(max(low, 0)) + 1e-3, np.sqrt(max(high, 0)) * 0.999
-            )
-            v[:, axis.coordinates] *= torch.as_tensor(limit).to(v) / g
+            ends = 1.0 / target._powers(axis)[:, None]
+            inner, outer = max(low, 0) ** ends + 1e-3, max(high, 0) ** ends * 0.999
+            limit = torch.minimum(torch.maximum(g, inner), outer)
+            v[:, axis.coordinates] *= limit / g
             continue
         if axis.kind == "log":
             low, high = np.log(max(low, 1e-6)), np.log(high)
@@ -179,6 +185,15 @@ def importance(start: Start, count: int, *, draws: bool = True) -> dict[str, np.
     """Weighted draws: samples (B, S, P + nb), weights (B, S), evidence, and what it is worth."""
     start.adapt()
     drawn = importance_draws(start.target, start.proposal, start.rows, count, start.streams)
+    if start.target.size <= _ADAPTABLE:
+        for _ in range(_ATTEMPTS - 1):
+            again = start.rows[torch.as_tensor(~(drawn.khat <= _KHAT), device=start.rows.device)]
+            if not len(again):
+                break
+            refine_proposal(start.proposal, again, drawn.rows(again))
+            drawn.put(
+                again, importance_draws(start.target, start.proposal, again, count, start.streams)
+            )
     found = {}
     if draws:
         weights = np.exp(drawn.log_weight.cpu().numpy())

@@ -2,9 +2,10 @@
 
 Positions are walked as they are, radii and indices by their logarithm, a flux by asinh (its
 logarithm, where it is not zero within the noise), and an ellipticity and its angle as the vector
-sqrt(ellip) (cos 2 theta, sin 2 theta): a prior that is uniform in both is then uniform on a disc,
-without the spike that it has at round galaxies in other coordinates.  All priors are proper, so
-that the density integrates to the evidence.
+ellip^(1/p) (cos 2 theta, sin 2 theta).  For galaxies that are clearly elongated p is 1, and the
+posterior nearly normal; for those that may be round it is 2: a prior that is uniform in both
+is then uniform on a disc, without its spike at the middle.  All priors are proper, so that the
+density integrates to the evidence.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ class Target:
         noise: Any = None,
     ) -> None:
         self.setup, self.shape = setup, data.shape[1:]
+        self._power: dict[int, torch.Tensor] = {}
         self.noise = GaussianNoise() if noise is None else noise
         device, dtype = setup.device, setup.dtype
         best = inv_sigma.reshape(len(data), -1).max(1)
@@ -178,7 +180,8 @@ class Target:
             elif axis.kind == "flux":
                 value = torch.sinh(value) * (self._soft * self.scale)[rows, None]
             elif axis.kind == "disc":
-                ellip = value.square().sum(1).clamp_max(MAX_ELLIP)
+                power = self._powers(axis)[rows]
+                ellip = (value.square().sum(1) ** (0.5 * power)).clamp_max(MAX_ELLIP)
                 theta = 0.5 * torch.atan2(value[:, 1], value[:, 0])
                 value = torch.stack([ellip, theta], 1)
             params[:, axis.parameters] = value
@@ -201,7 +204,7 @@ class Target:
             elif axis.kind == "flux":
                 value = torch.asinh(value / unit)
             elif axis.kind == "disc":
-                root = value[:, 0].clamp(0.0, MAX_ELLIP).sqrt()
+                root = value[:, 0].clamp(0.0, MAX_ELLIP) ** (1.0 / self._powers(axis)[rows])
                 twice = 2 * value[:, 1]
                 value = torch.stack([root * torch.cos(twice), root * torch.sin(twice)], 1)
             v[:, axis.coordinates] = value
@@ -211,8 +214,10 @@ class Target:
     def log_stretch(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """ln of the volume of the parameters over that of the coordinates (M, D): (M,)."""
         total = len(self.templates) * torch.log(self.scale[rows])
-        for axis in self.axes:  # a disc has the area of its two parameters
+        for axis in self.axes:
             own = v[:, axis.coordinates]
+            if axis.kind == "disc":
+                total = total + self._disc_stretch(axis, own, rows)
             if axis.kind == "log":
                 total = total + own.sum(1)
             elif axis.kind == "flux":
@@ -235,7 +240,8 @@ class Target:
                 continue
             values = [p.ppf(own[:, i]) for i, p in enumerate(axis.priors)]
             if axis.kind == "disc":
-                root = np.sqrt(np.clip(values[0], 0, None))
+                power = self._powers(axis)[rows].cpu().numpy()
+                root = np.clip(values[0], 0, None) ** (1.0 / power)
                 own = np.stack([root * np.cos(2 * values[1]), root * np.sin(2 * values[1])], 1)
             else:
                 own = values[0][:, None]
@@ -259,8 +265,10 @@ class Target:
             if axis.kind == "disc":
                 (e, t), (c1, c2) = axis.parameters, axis.coordinates
                 s1, s2 = v[:, c1], v[:, c2]
-                twice = 2 * (s1 * s1 + s2 * s2).clamp_min(1e-10)
-                jacobian[:, e, c1], jacobian[:, e, c2] = 2 * s1, 2 * s2
+                square = (s1 * s1 + s2 * s2).clamp_min(1e-10)
+                twice, power = 2 * square, self._powers(axis)[rows]
+                rise = power * square ** (0.5 * power - 1)
+                jacobian[:, e, c1], jacobian[:, e, c2] = rise * s1, rise * s2
                 jacobian[:, t, c1], jacobian[:, t, c2] = -s2 / twice, s1 / twice
                 continue
             for p, c in zip(axis.parameters, axis.coordinates, strict=True):
@@ -273,6 +281,34 @@ class Target:
         if self.setup.coordinates.tie is not None:
             jacobian = self.setup.coordinates._through_tie(jacobian, params)
         return jacobian
+
+    def _powers(self, axis: Axis) -> torch.Tensor:
+        """Of each galaxy: ellip is the length of the vector to this power, (B,)."""
+        if axis.coordinates[0] not in self._power:
+            self._power[axis.coordinates[0]] = torch.full_like(self.scale, 2.0)
+        return self._power[axis.coordinates[0]]
+
+    def _disc_stretch(self, axis: Axis, own: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """ln of the area in (ellip, theta) over that in the coordinates, (M,)."""
+        power = self._powers(axis)[rows]
+        square = own.square().sum(1).clamp_min(1e-30)
+        return torch.log(0.5 * power) + (0.5 * power - 1) * torch.log(square)
+
+    def settle(self, params: torch.Tensor, background: torch.Tensor) -> None:
+        """Choose the coordinates of ellipticities by what the pixels say near ``params``."""
+        discs = [axis for axis in self.axes if axis.kind == "disc"]
+        for axis in discs:
+            self._power[axis.coordinates[0]] = torch.ones_like(self.scale)
+        if not discs:
+            return
+        v = self.from_params(params, background)
+        hessian = self.curvature(v)
+        for axis in discs:
+            own = v[:, axis.coordinates]
+            told = hessian[:, axis.coordinates][:, :, axis.coordinates]
+            # ellipticity in units of what the pixels leave open
+            clear = (own[:, None] @ told @ own[..., None])[:, 0, 0]
+            self._power[axis.coordinates[0]] = 1.0 + torch.exp(-clear / 8.0)
 
     # -- the density -------------------------------------------------------------------
 
@@ -298,7 +334,9 @@ class Target:
                 total = total + density
                 by[:, axis.coordinates] = slope
             elif not self._needs_value(axis):
-                total = total + self._flat(axis, own)
+                total = total + self._flat(axis, own, rows)
+                if axis.kind == "disc":
+                    by[:, axis.coordinates] = self._disc_slope(axis, own, rows)
             else:
                 density, slope = self._shaped(axis, own, values, rows, slopes)
                 total = total + density
@@ -317,14 +355,18 @@ class Target:
         flat = LogUniform if axis.kind == "log" else Uniform
         return not all(isinstance(p, flat) for p in axis.priors)
 
-    @staticmethod
-    def _flat(axis: Axis, own: torch.Tensor) -> torch.Tensor:
+    def _disc_slope(self, axis: Axis, own: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        power = self._powers(axis)[rows, None]
+        return (power - 2) * own / own.square().sum(1, keepdim=True).clamp_min(1e-10)
+
+    def _flat(self, axis: Axis, own: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if axis.kind == "disc":
             ellip, theta = axis.priors
             low, high = ellip.support
-            area = own.square().sum(1)
-            log_density = -np.log((high - low) * (theta.high - theta.low))
-            inside = (area >= low) & (area <= high)
+            value = own.square().sum(1) ** (0.5 * self._powers(axis)[rows])
+            log_density = self._disc_stretch(axis, own, rows)
+            log_density = log_density - np.log((high - low) * (theta.high - theta.low))
+            inside = (value >= low) & (value <= high)
             return torch.where(inside, log_density, -torch.inf)
         (prior,) = axis.priors
         low, high = prior.support
@@ -348,6 +390,8 @@ class Target:
         elif axis.kind == "flux":
             stretch = torch.cosh(own[:, 0]) * (self._soft * self.scale)[rows]
             density = density + torch.log(stretch)
+        elif axis.kind == "disc":
+            density = density + self._disc_stretch(axis, own, rows)
         if not slopes:
             return density, None
         slope = [
@@ -356,15 +400,14 @@ class Target:
         ]
         if axis.kind == "disc":
             s1, s2 = own.unbind(1)
-            twice = 2 * own.square().sum(1).clamp_min(1e-10)
+            square = own.square().sum(1).clamp_min(1e-10)
+            power = self._powers(axis)[rows]
+            rise = power * square ** (0.5 * power - 1)
             by_ellip, by_theta = slope
-            return density, torch.stack(
-                [
-                    2 * s1 * by_ellip - s2 / twice * by_theta,
-                    2 * s2 * by_ellip + s1 / twice * by_theta,
-                ],
-                1,
-            )
+            by_s1 = rise * s1 * by_ellip - s2 / (2 * square) * by_theta
+            by_s2 = rise * s2 * by_ellip + s1 / (2 * square) * by_theta
+            by = torch.stack([by_s1, by_s2], 1)
+            return density, by + self._disc_slope(axis, own, rows)
         if axis.kind == "log":
             return density, (slope[0] * torch.as_tensor(p[0]).to(own) + 1.0)[:, None]
         if axis.kind == "flux":
@@ -501,7 +544,7 @@ class Target:
         for i in range(nb):
             full[:, 1 + n_raw + i, walked + i] = 1.0
         hessian = full.transpose(1, 2) @ gram @ full
-        return self._closed(hessian, v)
+        return self._closed(hessian, v, rows)
 
     def _weighted(self, images, model, rows):
         """Images times the root of what each pixel tells."""
@@ -520,7 +563,7 @@ class Target:
         images = images * told[:, None]
         return images
 
-    def _closed(self, hessian: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def _closed(self, hessian: torch.Tensor, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Add the curvature of the prior, or of the widest that a coordinate may be."""
         hessian = hessian.clone()
         for axis in self.axes:
@@ -536,12 +579,12 @@ class Target:
                     hessian[:, c, c] += spread.sigma**-2
                 elif axis.kind == "same" and hasattr(spread, "std"):
                     hessian[:, c, c] += spread.std**-2
-            if axis.kind == "disc":  # ellip goes with the square of these
+            if axis.kind == "disc":  # ellip goes with a power of these, and is flat at zero
                 c1, c2 = axis.coordinates
                 s2 = v[:, [c1, c2]].square().sum(1).clamp_min(1e-4)
                 along = (hessian[:, c1, c1] + hessian[:, c2, c2] - 2 * width**-2).clamp_min(0)
                 rest = torch.sqrt(along / (4 * s2))
-                near = torch.exp(-0.5 * (s2 * rest))  # only where it may be round
+                near = torch.exp(-0.5 * (s2 * rest)) * (self._powers(axis) - 1)[rows]
                 for c in (c1, c2):
                     hessian[:, c, c] += near * rest
         return hessian

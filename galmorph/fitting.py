@@ -203,6 +203,8 @@ class MAPFitter(Fitter):
                 break
         fits.cov = fits.cov / noise.information
         fits.background_cov = fits.background_cov / noise.information
+        if "cross_cov" in fits.extra:
+            fits.extra["cross_cov"] = fits.extra["cross_cov"] / noise.information
         if values is not None:
             fits.extra["noise_parameters"] = values
         return fits
@@ -245,7 +247,6 @@ class MAPFitter(Fitter):
     def _least_squares(self, batch: StampBatch, model: GalaxyModel, background: str) -> StampFits:
         """Fits with Gaussian noise of known width."""
         setup = self._setup(model, background)
-        self._names = setup.names
         flags = np.array(batch.flags, dtype=np.int32)
         usable = (batch.inv_sigma > 0).reshape(len(flags), -1).sum(1)
         n_background = _BACKGROUNDS[background]
@@ -350,6 +351,12 @@ class MAPFitter(Fitter):
         fits.cov[rows] = cov
         fits.background[rows] = result.background
         fits.background_cov[rows] = result.background_cov
+        if fits.background.shape[1]:
+            cross = result.cross_cov
+            cross[:, held] = 0.0
+            whole = np.full((len(fits.flags), *cross.shape[1:]), np.nan)
+            whole[rows] = cross
+            fits.extra["cross_cov"] = whole
         fits.chi2[rows] = result.chi2
         fits.n_iter[rows] = result.n_iter
 

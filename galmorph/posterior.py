@@ -294,6 +294,9 @@ class NormalPosterior(Posterior):
         cov = np.zeros((len(result), len(self.param_names), len(self.param_names)))
         cov[:, :p, :p] = result.cov
         cov[:, p:, p:] = result.background_cov
+        cross = result.extra.get("cross_cov")
+        if cross is not None:
+            cov[:, :p, p:], cov[:, p:, :p] = cross, cross.transpose(0, 2, 1)
         self._cov = cov
 
     @property

@@ -75,6 +75,7 @@ class _PosteriorFitter(MAPFitter):
             ``params`` are those of the fit, ``cov`` is that of the draws, and ``extra`` has
             the draws.
         """
+        self._names = tuple(model.param_names)
         fits = self._first(batch, model, background)
         usable = np.isfinite(fits.params).all(1) & ((fits.flags & FitFlag.FAILED) == 0)
         rows = np.flatnonzero(usable)

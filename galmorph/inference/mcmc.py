@@ -20,7 +20,7 @@ __all__ = ["Chains", "Density", "Proposal", "Streams", "importance_draws", "samp
 
 _WIDE = torch.float64
 # tails of proposals, as degrees of freedom of a Student t
-_TAILS = 7.0
+_TAILS = 5.0
 # in whitened coordinates: how far a trajectory goes, and the acceptance that is aimed at
 _LENGTH, _ACCEPTANCE = 1.5, 0.8
 _MOST_STEPS = 12
@@ -169,6 +169,24 @@ class Weighted:
     khat: np.ndarray
     ess: np.ndarray
     log_prob: torch.Tensor
+
+    def rows(self, index: torch.Tensor) -> Weighted:
+        """Those of some problems."""
+        at = index.cpu().numpy()
+        return Weighted(
+            **{k: v[index if isinstance(v, torch.Tensor) else at] for k, v in vars(self).items()}
+        )
+
+    def put(self, index: torch.Tensor, other: Weighted) -> None:
+        """Take those of some problems from elsewhere, where they are worth more."""
+        better = other.khat < self.khat[index.cpu().numpy()]
+        keep = torch.as_tensor(better, device=index.device)
+        for name, values in vars(other).items():
+            own = getattr(self, name)
+            if isinstance(values, torch.Tensor):
+                own[index[keep]] = values[keep]
+            else:
+                own[index[keep].cpu().numpy()] = values[better]
 
 
 def importance_draws(
