@@ -17,7 +17,7 @@ from galmorph.inference.least_squares import (
     Linearisation,
     levenberg_marquardt,
 )
-from galmorph.priors import Prior
+from galmorph.priors import Prior, Uniform
 from galmorph.psf import PSF
 from galmorph.rendering.evaluate import pixel_images
 from galmorph.rendering.fourier import FourierRenderer
@@ -103,6 +103,7 @@ class BatchSetup:
         native = {n for n in self.names if self.bounds[n] != default[n]}
         native |= set(self.priors) | {n for n in self.names if not self.free[self.names.index(n)]}
         native |= self._touched_by_ties()
+        native -= self._felt_by_projection(native)
         linear = "flux" not in native
         for name, shift in zip(("x_0", "y_0"), self.origin, strict=True):
             self.bounds[name] = tuple(b if b is None else b - shift for b in self.bounds[name])
@@ -114,6 +115,36 @@ class BatchSetup:
             linear_flux=linear,
             tie=self._tie if self.tied else None,
         )
+
+    def _felt_by_projection(self, native: set[str]) -> set[str]:
+        """Radii with a soft prior, ellipticities that only end sooner, and angles that may be any.
+
+        These need no walk of their own.  Walked in ellip and theta themselves, fits that begin
+        at the wrong angle end at ellip 0.
+        """
+        felt: set[str] = set()
+        default = self.model.default_bounds()
+        for e in self.ellipses:
+            if e.r is None or not {e.r, e.ellip, e.theta} & native:
+                continue
+            if e.r in native and (
+                self.bounds[e.r] != default[e.r] or not self.free[self.names.index(e.r)]
+            ):
+                continue
+            low = self.bounds[e.ellip][0]
+            plain = low is not None and low <= 0 and not self.model.bounds[e.ellip][0]
+            plain &= isinstance(self.priors.get(e.ellip), Uniform | None)
+            turn = self.priors.get(e.theta)
+            whole = turn is None or (
+                isinstance(turn, Uniform) and turn.high - turn.low >= np.pi - 1e-6
+            )
+            whole &= tuple(self.model.bounds[e.theta]) == (None, None)
+            loose = self.free[self.names.index(e.ellip)] and self.free[self.names.index(e.theta)]
+            if plain and whole and loose and not self.tied:
+                felt |= {e.r, e.ellip, e.theta}
+                if turn is not None:
+                    self.bounds[e.theta] = (None, None)
+        return felt
 
     def _touched_by_ties(self) -> set[str]:
         """Tied parameters and those that they hang on, found by changing one after another."""
