@@ -133,9 +133,10 @@ def line(name, kind, snr, found, table, tests, seconds) -> str:
         parts.append(f"{own[worst]:.1f} ({worst}), flux {own['flux']:.1f}")
     lowest = min(range(len(tests)), key=lambda i: tests["p_value"][i])
     flagged = np.mean((found.flags & 49152) != 0)
+    lowest = tests[lowest]
     return (
-        f"{name:13s} {kind:16s} S/N {snr:<4g} {' | '.join(parts)} | p {tests['p_value'][lowest]:.2g}"
-        f" ({tests['parameter'][lowest]}), failed {found.failed_fraction:.1%}, not converged "
+        f"{name:13s} {kind:16s} S/N {snr:<4g} {' | '.join(parts)} | p {lowest['p_value']:.2g} "
+        f"({lowest['parameter']}), failed {found.failed_fraction:.1%}, not converged "
         f"{flagged:.1%}, {seconds:.3f} s"
     )
 

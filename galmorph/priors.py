@@ -134,7 +134,8 @@ class LogNormal:
     def slope(self, value: np.ndarray) -> np.ndarray:
         """Derivative of the logarithm of the density."""
         residual, by_value = self.residual(np.asarray(value, dtype=float))
-        return -(residual + self.sigma) * by_value
+        with np.errstate(invalid="ignore", over="ignore"):
+            return -(residual + self.sigma) * by_value
 
     def ppf(self, share: np.ndarray) -> np.ndarray:
         """The value below which a share of the probability lies."""

@@ -1,4 +1,4 @@
-"""Covariance of the parameters, two at a time."""
+"""Posteriors of the parameters, two at a time."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _REACH = 3.2  # half width of every panel in standard deviations
 _COLOR = "#31688e"  # from the middle of viridis
+_RGB = (0x31 / 255, 0x68 / 255, 0x8E / 255)
+_BINS = 30
+# draws (S, P) and their weights (S,)
+_Cloud = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,14 @@ def corner(
     params: Sequence[str] | None = None,
     fig: Figure | None = None,
 ) -> Figure:
-    """Draw the covariance of one galaxy's parameters as a corner plot.
+    """Draw the posterior of one galaxy's parameters as a corner plot.
 
-    The diagonal shows each parameter's Gaussian marginal with its ±1 σ; the
-    panels below it show the ellipses of 1 σ and 2 σ, whose shadows on the axes
-    are the ±1 σ and ±2 σ of each parameter (they hold 39 % and 86 % of the
-    joint probability).  Parameters without variance (fixed or tied) are left
-    out.  Angles are drawn in degrees.
+    Of a normal posterior the diagonal shows each parameter's marginal with its
+    ±1 σ, and the panels below it show the ellipses of 1 σ and 2 σ, whose shadows
+    on the axes are the ±1 σ and ±2 σ of each parameter (they hold 39 % and 86 % of
+    the joint probability).  Of draws it shows histograms, with the central 68 %,
+    and the regions of highest density that hold as much.  Parameters without variance
+    (fixed or tied) are left out.  Angles are drawn in degrees.
 
     Parameters
     ----------
@@ -96,6 +101,10 @@ def corner(
         return fig
 
     cov = np.asarray(result.cov[i], dtype=float)
+    posterior = result[i].posterior
+    cloud = None
+    if posterior.kind != "normal":
+        cloud = posterior.samples[0], posterior.weights[0]
     axes = fig.subplots(len(shown), len(shown), sharex="col", squeeze=False)
     for row, below in enumerate(shown):
         for column, left in enumerate(shown):
@@ -103,7 +112,9 @@ def corner(
             if column > row:
                 ax.remove()
             elif column == row:
-                _draw_marginal(ax, left)
+                _draw_marginal(ax, left, cloud)
+            elif cloud is not None:
+                _draw_cloud(ax, left, below, cloud)
             else:
                 joint = cov[left.index, below.index] * left.scale * below.scale
                 _draw_joint(ax, left, below, joint)
@@ -149,12 +160,28 @@ def _parameters(result: FitResult, i: int, names: Sequence[str] | None) -> list[
     return found
 
 
-def _draw_marginal(ax: Axes, parameter: _Parameter) -> None:
-    offset = np.linspace(-_REACH, _REACH, 201)
-    density = np.exp(-0.5 * offset**2)
-    x = parameter.value + offset * parameter.error
-    ax.fill_between(x, density, where=np.abs(offset) <= 1, color=_COLOR, alpha=0.3, lw=0)
-    ax.plot(x, density, color=_COLOR, lw=1.5)
+def _edges(parameter: _Parameter) -> np.ndarray:
+    reach = _REACH * parameter.error
+    return np.linspace(parameter.value - reach, parameter.value + reach, _BINS + 1)
+
+
+def _draw_marginal(ax: Axes, parameter: _Parameter, cloud: _Cloud | None) -> None:
+    if cloud is None:
+        offset = np.linspace(-_REACH, _REACH, 201)
+        density = np.exp(-0.5 * offset**2)
+        x = parameter.value + offset * parameter.error
+        ax.fill_between(x, density, where=np.abs(offset) <= 1, color=_COLOR, alpha=0.3, lw=0)
+        ax.plot(x, density, color=_COLOR, lw=1.5)
+    else:
+        samples, weights = cloud[0][:, parameter.index] * parameter.scale, cloud[1]
+        edges = _edges(parameter)
+        density, _ = np.histogram(samples, edges, weights=weights)
+        density = density / max(density.max(), 1e-300)
+        order = np.argsort(samples)
+        share = np.cumsum(weights[order])
+        low, high = np.interp([0.16, 0.84], share / share[-1], samples[order])
+        ax.axvspan(low, high, color=_COLOR, alpha=0.25, lw=0)
+        ax.stairs(density, edges, color=_COLOR, lw=1.5)
     ax.axvline(parameter.value, color="0.3", lw=0.8, ls="--")
     ax.set_ylim(0, 1.15)
     value = labels.value_text(parameter.value, parameter.error)
@@ -173,6 +200,30 @@ def _draw_joint(ax: Axes, x: _Parameter, y: _Parameter, joint: float) -> None:
         ax.plot(ellipse_x, ellipse_y, color=_COLOR, lw=1)
     ax.plot(x.value, y.value, "+", color="0.2", ms=6, mew=0.9)
     ax.set_ylim(y.value - _REACH * y.error, y.value + _REACH * y.error)
+
+
+def _draw_cloud(ax: Axes, x: _Parameter, y: _Parameter, cloud: _Cloud) -> None:
+    from scipy.ndimage import gaussian_filter
+
+    samples, weights = cloud
+    edges = [_edges(p) for p in (y, x)]
+    values = [samples[:, p.index] * p.scale for p in (y, x)]
+    density, _, _ = np.histogram2d(*values, bins=edges, weights=weights)
+    density = gaussian_filter(density, 1.0)
+    middle = [0.5 * (e[1:] + e[:-1]) for e in edges]
+    falling = np.sort(density.ravel())[::-1]
+    share = np.cumsum(falling) / max(falling.sum(), 1e-300)
+    levels = [
+        float(falling[min(np.searchsorted(share, s), falling.size - 1)]) for s in (0.86, 0.39)
+    ]
+    if 0 < levels[0] < levels[1] < falling[0]:
+        colors = [(*_RGB, 0.2), (*_RGB, 0.5)]
+        ax.contourf(middle[1], middle[0], density, [*levels, falling[0]], colors=colors)
+        ax.contour(middle[1], middle[0], density, levels, colors=_COLOR, linewidths=1)
+    else:
+        ax.plot(values[1], values[0], ".", color=_COLOR, ms=1)
+    ax.plot(x.value, y.value, "+", color="0.2", ms=6, mew=0.9)
+    ax.set_ylim(edges[0][0], edges[0][-1])
 
 
 def _label_axes(ax: Axes, x: _Parameter, y: _Parameter, *, bottom: bool, side: bool) -> None:

@@ -1,0 +1,148 @@
+"""Do all posteriors agree?  Laplace, importance sampling and Hamiltonian chains against emcee.
+
+python benchmarks/posteriors.py --data FOLDER
+
+Sérsic fits of 20 real galaxies (KiDS in r, as in left_out_pixels.py), every method with the same
+priors; long runs of emcee are the reference.  Then the time of each on simulated 64 x 64 stamps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from _common import RESULTS, Report, one_thread
+
+one_thread()
+
+import numpy as np  # noqa: E402
+from left_out_pixels import kids  # noqa: E402
+
+from galmorph import (  # noqa: E402
+    PSF,
+    EncoderFitter,
+    ImportanceFitter,
+    LearnedGalaxy2D,
+    MAPFitter,
+    MCMCFitter,
+    SersicGalaxy2D,
+    fit_images,
+)
+
+
+def agreement(report: Report, folder: Path, count: int, steps: int) -> None:
+    stamps = kids(folder)[:: max(1, len(kids(folder)) // count)][:count]
+    data = np.array([s["data"] for s in stamps])
+    options = {
+        "uncertainty": np.array([np.full(data.shape[1:], s["noise"]) for s in stamps]),
+        "mask": np.array([s["bad"] for s in stamps]),
+        "psf": stamps[0]["psf"],
+        "background": "constant",
+    }
+    fitters = {
+        "emcee": MCMCFitter(sampler="emcee", chains=48, draws=steps, blocks=1, n_samples=4000),
+        "MAPFitter": MAPFitter(),
+        "ImportanceFitter": ImportanceFitter(rng=1, n_samples=4000),
+        "MCMCFitter": MCMCFitter(rng=1, n_samples=2000),
+    }
+    found = {}
+    for name, fitter in fitters.items():
+        began = time.perf_counter()
+        result = fit_images(data, SersicGalaxy2D(), fitter, **options)
+        report(f"  {name}: {(time.perf_counter() - began) / len(data):.2f} s a galaxy")
+        found[name] = result.posterior
+        if name == "emcee":
+            report(
+                f"    R-hat up to {result.extra['rhat'].max():.3f}, effective sample size from "
+                f"{result.extra['ess'].min():.0f} (median {np.median(result.extra['ess']):.0f})"
+            )
+    snr = found["emcee"].mean[:, 0] / found["emcee"].std[:, 0]
+    report(f"\n  {len(data)} galaxies, flux / error from {snr.min():.0f} to {snr.max():.0f}")
+    names = found["emcee"].param_names
+    report(f"\n  {'':20s} " + " ".join(f"{n[:10]:>10s}" for n in names))
+    reference = found["emcee"]
+    for name in list(fitters)[1:]:
+        shift = np.abs(found[name].mean - reference.mean) / reference.std
+        ratio = found[name].std / reference.std
+        for label, values in {
+            "mean, median shift": np.median(shift, 0),
+            "mean, 90 % within": np.percentile(shift, 90, axis=0),
+            "std, median ratio": np.median(ratio, 0),
+            "std, 10 %": np.percentile(ratio, 10, axis=0),
+            "std, 90 %": np.percentile(ratio, 90, axis=0),
+        }.items():
+            report(f"  {name[:10]:10s} {label:20s}" + " ".join(f"{v:10.2f}" for v in values))
+
+
+def speed(report: Report, count: int) -> None:
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[:25, :25] - 12
+    psf = PSF(np.exp(-0.5 * (x**2 + y**2) / 1.5**2))
+    params = np.column_stack(
+        [
+            np.ones(count),
+            31.5 + rng.uniform(-0.5, 0.5, (count, 2)),
+            2 * 4 ** rng.random(count),
+            rng.uniform(0.7, 4, count),
+            rng.uniform(0, 0.8, count),
+            rng.uniform(-np.pi / 2, np.pi / 2, count),
+        ]
+    )
+    clean = SersicGalaxy2D().render((64, 64), params=params, psf=psf)
+    clean *= (100 / np.sqrt((clean**2).sum((1, 2))))[:, None, None]
+    data = clean + rng.standard_normal(clean.shape)
+    report(f"\n  Times, {count} simulated Sérsic galaxies of S/N 100 on 64 x 64 pixels, a batch")
+    for name, fitter in {
+        "MAPFitter": MAPFitter(),
+        "ImportanceFitter, 1,000 draws": ImportanceFitter(rng=1, fallback=False),
+        "MCMCFitter, R-hat < 1.01, ESS > 400": MCMCFitter(rng=1),
+    }.items():
+        began = time.perf_counter()
+        result = fit_images(data, SersicGalaxy2D(), fitter, uncertainty=1.0, psf=psf)
+        seconds = (time.perf_counter() - began) / count
+        extra = ""
+        if "khat" in result.extra:
+            extra = f"k < 0.7: {np.mean(result.extra['khat'] < 0.7):.1%}, "
+        if "ess" in result.extra:
+            extra += f"effective draws {np.median(result.extra['ess']):.0f} (median)"
+        report(f"    {name:38s} {seconds:7.3f} s a galaxy  {extra}")
+    model = LearnedGalaxy2D.from_pretrained(flux=3000, x_0=31.5, y_0=31.5, r_50=6)
+    few = min(8, count)
+    drawn = model.render((64, 64), params=model.sample(few, rng=2), psf=psf)
+    drawn *= (100 / np.sqrt((drawn**2).sum((1, 2))))[:, None, None]
+    data = drawn + rng.standard_normal(drawn.shape)
+    for name, fitter in {
+        "learned, EncoderFitter": EncoderFitter(),
+        "learned, ImportanceFitter": ImportanceFitter(rng=1, fallback=False),
+        "learned, the same from the encoder": ImportanceFitter(
+            rng=1, fallback=False, proposal="encoder"
+        ),
+    }.items():
+        began = time.perf_counter()
+        result = fit_images(data, model, fitter, uncertainty=1.0, psf=psf)
+        seconds = (time.perf_counter() - began) / few
+        khat = result.extra.get("khat")
+        extra = "" if khat is None else f"k: {np.round(np.sort(khat), 2).tolist()}"
+        report(f"    {name:38s} {seconds:7.3f} s a galaxy  {extra}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--timed", type=int, default=96)
+    parser.add_argument("--out", default=RESULTS / "posteriors.txt", help="'-' for none")
+    args = parser.parse_args()
+    report = Report("Posteriors: agreement and speed")
+    report("")
+    agreement(report, args.data, args.n, args.steps)
+    speed(report, args.timed)
+    report.write(None if args.out == "-" else args.out)
+
+
+if __name__ == "__main__":
+    main()
