@@ -50,7 +50,7 @@ def models() -> dict:
         "ellip_disk": Uniform(0.0, 0.8),
         "theta_disk": Uniform(-np.pi / 2, np.pi / 2),
     }
-    sampled = {"ImportanceFitter": ImportanceFitter(rng=1)}
+    sampled = {"ImportanceFitter": ImportanceFitter(rng=1, fallback=False)}
     fitted = {"MAPFitter": MAPFitter(), "EncoderFitter": EncoderFitter()}
     return {
         "point": (PointSource2D(), {}, sampled),

@@ -17,7 +17,7 @@ from galmorph.models.base import GalaxyModel
 if TYPE_CHECKING:
     from galmorph.fitting import MAPFitter
 
-__all__ = ["fit_model"]
+__all__ = ["fit_model", "one_stamp"]
 
 # without weights, the precision that is asked for, relative to the largest datum
 _RELATIVE_NOISE = 1e-6
@@ -99,6 +99,40 @@ def _grid(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, tuple[int, int], tu
     if np.unique(at).size != at.size:
         return None
     return origin, shape, at
+
+
+def one_stamp(model: GalaxyModel, x: Any, y: Any, z: Any, weights: Any) -> tuple[Any, np.ndarray]:
+    """Data at points as a `StampBatch` of one stamp, and the parameters (1, P) in its pixels.
+
+    Raises
+    ------
+    ValueError
+        If the points are not pixels of a grid.
+    """
+    from galmorph._stamps import StampBatch
+
+    x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    z, weights = _check(model, x, y, z, weights)
+    grid = _grid(x, y)
+    if grid is None:
+        raise ValueError("the points must be pixels of a regular grid")
+    origin, shape, at = grid
+    data, inv_sigma = np.zeros((2, shape[0] * shape[1]))
+    usable = np.isfinite(z) & np.isfinite(weights)
+    data[at] = np.where(usable, z, 0.0).ravel()
+    inv_sigma[at] = np.where(usable, np.abs(weights), 0.0).ravel()
+    params = np.array([[float(np.ravel(getattr(model, n).value)[0]) for n in model.param_names]])
+    params[:, 1:3] -= origin
+    batch = StampBatch(
+        index=np.array([0]),
+        data=data.reshape(1, *shape),
+        inv_sigma=inv_sigma.reshape(1, *shape),
+        psf=None,
+        origin=origin[None],
+        position=np.full((1, 2), np.nan),
+        flags=np.zeros(1, dtype=np.int32),
+    )
+    return batch, params
 
 
 def _status(converged: bool, at_bound: bool) -> tuple[int, str]:

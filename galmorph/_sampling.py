@@ -271,6 +271,12 @@ def ensembles(
     y = start.streams.normal(rows, walkers, size).to(start.v)
     places = start.proposal.place(0.7 * y, rows)
     each = rows.repeat_interleave(walkers)
+    for _ in range(20):  # walkers that start where there is no density come closer to the fit
+        known = torch.isfinite(target.log_prob(places.flatten(0, 1), each)).view(places.shape[:2])
+        if known.all():
+            break
+        middle = start.v[:, None].expand_as(places)
+        places = torch.where(known[..., None], places, 0.5 * (places + middle))
 
     def log_prob(v: np.ndarray, at: np.ndarray) -> np.ndarray:
         return target.log_prob(torch.as_tensor(v, device=start.v.device), at).cpu().numpy()

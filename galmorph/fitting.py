@@ -220,7 +220,7 @@ class MAPFitter(Fitter):
         if values is not None:
             noise = noise.with_parameters(values[rows])
         if getattr(noise, "needs_misfit", False):
-            noise = noise.bound(self._images(fits, batch, model, misfit=True)[rows])
+            noise = noise.bind(self._images(fits, batch, model, misfit=True)[rows])
         return noise
 
     def _images(

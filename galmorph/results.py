@@ -361,7 +361,7 @@ class FitResult:
         values = self.extra.get("noise_parameters")
         noise = self.noise if values is None else self.noise.with_parameters(values[rows])
         if getattr(noise, "needs_misfit", False):
-            noise = noise.bound(self._render(rows, what="render_misfit"))
+            noise = noise.bind(self._render(rows, what="render_misfit"))
         return noise
 
     def _images(self, compute: Callable, *, needs_pixels: bool = True) -> Any:

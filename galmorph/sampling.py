@@ -83,6 +83,60 @@ class _PosteriorFitter(MAPFitter):
             self._draw(fits, rows, batch, model, background)
         return fits
 
+    def __call__(self, model: Any, x: Any, y: Any, z: Any = None, weights: Any = None, **options):
+        """Fit a model the astropy way, and draw from its posterior.
+
+        Parameters
+        ----------
+        model : GalaxyModel
+            One galaxy; not a set or a compound.
+        x, y, z, weights, **options
+            As for `MAPFitter`; the points are pixels of a grid, and weights are needed.
+
+        Returns
+        -------
+        model
+            With the maximum-posterior parameters; ``fit_info["samples"]`` (S, P) are the draws and
+            ``fit_info["param_cov"]`` is their covariance.
+
+        Raises
+        ------
+        TypeError
+            If the model is not a single galaxy without units.
+        ValueError
+            If there are no weights, or the points are not pixels of a grid.
+        """
+        from galmorph._modelfit import one_stamp
+        from galmorph.models.base import GalaxyModel
+
+        name = type(self).__name__
+        if not isinstance(model, GalaxyModel) or len(model) > 1 or model._has_units:
+            raise TypeError(
+                f"{name} samples one galmorph model without units at a time: MAPFitter "
+                "fits all others, and fit_images many images"
+            )
+        if weights is None:
+            raise ValueError(f"{name} needs weights, one over the uncertainty of each pixel")
+        fitted = super().__call__(model, x, y, z, weights=weights, **options)
+        batch, params = one_stamp(fitted, x, y, z, weights)
+        from galmorph.fitting import _empty_fits
+
+        fits = _empty_fits(batch.flags, params.shape[1], 0)
+        fits.params[:] = params
+        fits.cov[:] = np.eye(params.shape[1])
+        self._names = tuple(model.param_names)
+        self._draw(fits, np.array([0]), batch, fitted, "none")
+        samples = fits.extra["samples"][0]
+        for axis, column in enumerate((1, 2)):
+            samples[:, column] += batch.origin[0, axis]
+        free = [i for i, n in enumerate(model.param_names) if not (model.fixed[n] or model.tied[n])]
+        self.fit_info["samples"] = samples
+        self.fit_info["param_cov"] = fits.cov[0][np.ix_(free, free)]
+        for name, values in fits.extra.items():
+            if values.ndim == 1:
+                self.fit_info[name] = float(values[0])
+        return fitted
+
     def _first(self, batch: StampBatch, model: GalaxyModel, background: str) -> StampFits:
         return super().fit_stamps(batch, model, background=background)
 

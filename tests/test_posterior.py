@@ -393,6 +393,36 @@ class TestFitters:
             fit_images(data, SersicGalaxy2D(), ImportanceFitter(proposal="encoder"), **options)
 
 
+class TestAstropyWay:
+    @pytest.mark.parametrize("fitter", [ImportanceFitter(rng=1), MCMCFitter(rng=1)])
+    def test_as_for_images(self, fitter):
+        data = stamps(PARAMS[:1], 0.2, np.random.default_rng(8))[0]
+        y, x = np.mgrid[:32, :31] + np.array([100.0, 50.0])[:, None, None]
+        start = SersicGalaxy2D(50, 65.0, 114.5, r_eff=2.5, n=1, ellip=0.3, theta=0.4)
+        start.psf = gaussian_psf()
+        weights = np.full(data.shape, 5.0)
+        fitted = fitter(start, x, y, data, weights=weights)
+        samples = fitter.fit_info["samples"]
+        assert samples.shape == (1000, 7)
+        own = fit_images(
+            data, SersicGalaxy2D(), type(fitter)(rng=1, priors={}), uncertainty=0.2,
+            psf=gaussian_psf(),
+        )  # fmt: skip
+        expected = own.params[0] + np.array([0, 50, 100, 0, 0, 0, 0])
+        assert_allclose(fitted.parameters[:4], expected[:4], rtol=1e-3)
+        spread = samples.std(0)
+        assert np.abs(np.median(samples, 0) - fitted.parameters)[:3].max() < spread[:3].max()
+        assert np.sqrt(np.diag(fitter.fit_info["param_cov"])).shape == (7,)
+
+    def test_refusals(self):
+        data, (y, x) = np.zeros((5, 5)), np.mgrid[:5, :5]
+        two = SersicGalaxy2D() + SersicGalaxy2D()
+        with pytest.raises(TypeError, match="one galmorph model"):
+            MCMCFitter()(two, x, y, data, weights=data + 1)
+        with pytest.raises(ValueError, match="weights"):
+            MCMCFitter()(SersicGalaxy2D(), x, y, data)
+
+
 class TestInterface:
     @pytest.mark.parametrize("name", ["map", "importance", "mcmc", "emcee"])
     def test_one_interface(self, fits, name):
