@@ -40,6 +40,8 @@ __all__ = [
 _WIDE = torch.float64
 # -ln(axis ratio) below which an ellipse is drawn as if it were this
 _ROUND = 1e-3
+# largest ellipticity from which a bound is felt
+_THIN = 0.95
 
 
 @dataclass
@@ -640,6 +642,10 @@ def _try_other_starts(setup, solve, result, start) -> None:
     other way round; one that has not, with both.
     """
     lost = ~result.converged | ~torch.isfinite(result.cost)
+    every = torch.arange(len(start), device=start.device)
+    params = solve.problem.params(result.u, every)
+    # where an ellipse may not be as thin as it likes, fits stay at that edge
+    lost |= _at_limit(setup, params) & _narrow(setup)
     doubtful = lost | result.at_bound.any(1)
     if setup.tied:
         used = (solve.problem.weight > 0).sum(1)
@@ -648,7 +654,6 @@ def _try_other_starts(setup, solve, result, start) -> None:
     if solve.problem.linear_amplitude:  # of what is hardly there no start is better
         size = setup.coordinates.size
         doubtful &= result.linear[:, 0] * result.hessian[:, size, size].sqrt() > 8
-    params = solve.problem.params(result.u, torch.arange(len(start), device=start.device))
     indices = [setup.names.index(e.n) for e in setup.ellipses if isinstance(e.n, str)]
     high = params[:, indices[0]] > 2.0 if indices else params[:, 0] > -torch.inf
     for factor, index, which in ((0.6, 1.0, high), (1.6, 3.0, ~high)):
@@ -746,6 +751,12 @@ def _summarise(solve, result, scale, covariance) -> BatchResult:
         "bad_covariance": bad,
     }
     return BatchResult(**{k: v.cpu().numpy() for k, v in out.items()})
+
+
+def _narrow(setup) -> bool:
+    """Whether an ellipticity has to stay well below 1."""
+    ends = [setup.bounds[e.ellip][1] for e in setup.ellipses if e.r is not None]
+    return any(end is not None and end < _THIN for end in ends)
 
 
 def _at_limit(setup, params: torch.Tensor) -> torch.Tensor:
