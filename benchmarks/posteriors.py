@@ -53,18 +53,23 @@ def agreement(report: Report, folder: Path, count: int, steps: int) -> None:
         report(f"  {name}: {(time.perf_counter() - began) / len(data):.2f} s a galaxy")
         found[name] = result.posterior
         if name == "emcee":
+            rhat = result.extra["rhat"]
+            good = rhat < 1.1
             report(
-                f"    R-hat up to {result.extra['rhat'].max():.3f}, effective sample size from "
-                f"{result.extra['ess'].min():.0f} (median {np.median(result.extra['ess']):.0f})"
+                f"    R-hat below 1.1 for {good.sum()} of {len(good)} (median "
+                f"{np.median(rhat):.3f}), effective draws {np.median(result.extra['ess']):.0f} (median)"
             )
     snr = found["emcee"].mean[:, 0] / found["emcee"].std[:, 0]
-    report(f"\n  {len(data)} galaxies, flux / error from {snr.min():.0f} to {snr.max():.0f}")
+    report(
+        f"\n  the {good.sum()} galaxies for which emcee has converged; flux / error from "
+        f"{snr[good].min():.0f} to {snr[good].max():.0f}"
+    )
     names = found["emcee"].param_names
     report(f"\n  {'':20s} " + " ".join(f"{n[:10]:>10s}" for n in names))
     reference = found["emcee"]
     for name in list(fitters)[1:]:
-        shift = np.abs(found[name].mean - reference.mean) / reference.std
-        ratio = found[name].std / reference.std
+        shift = (np.abs(found[name].mean - reference.mean) / reference.std)[good]
+        ratio = (found[name].std / reference.std)[good]
         for label, values in {
             "mean, median shift": np.median(shift, 0),
             "mean, 90 % within": np.percentile(shift, 90, axis=0),
