@@ -56,8 +56,8 @@ def agreement(report: Report, folder: Path, count: int, steps: int) -> None:
             rhat = result.extra["rhat"]
             good = rhat < 1.1
             report(
-                f"    R-hat below 1.1 for {good.sum()} of {len(good)} (median "
-                f"{np.median(rhat):.3f}), effective draws {np.median(result.extra['ess']):.0f} (median)"
+                f"    R-hat < 1.1 for {good.sum()} of {len(good)} (median {np.median(rhat):.3f}), "
+                f"effective draws {np.median(result.extra['ess']):.0f} (median)"
             )
     snr = found["emcee"].mean[:, 0] / found["emcee"].std[:, 0]
     report(

@@ -26,6 +26,8 @@ __all__ = [
     "SersicGalaxy2D",
     "Uniform",
     "__version__",
+    "calibrate",
+    "compare",
     "decode_flags",
     "fit_images",
 ]
@@ -38,6 +40,8 @@ _HOME = {
     "PointSource2D": "models",
     "SersicGalaxy2D": "models",
     "EncoderFitter": "fitting",
+    "calibrate": "calibration",
+    "compare": "comparison",
     "FitFlag": "flags",
     "decode_flags": "flags",
     "FitResult": "results",
