@@ -40,6 +40,8 @@ __all__ = [
 _WIDE = torch.float64
 # -ln(axis ratio) below which an ellipse is drawn as if it were this
 _ROUND = 1e-3
+# width of the prior of a radius below which it is walked itself, so that it is felt exactly
+_TIGHT = 0.1
 # largest ellipticity from which a bound is felt
 _THIN = 0.95
 
@@ -130,7 +132,9 @@ class BatchSetup:
             if e.r is None or not {e.r, e.ellip, e.theta} & native:
                 continue
             if e.r in native and (
-                self.bounds[e.r] != default[e.r] or not self.free[self.names.index(e.r)]
+                self.bounds[e.r] != default[e.r]
+                or not self.free[self.names.index(e.r)]
+                or _relative_width(self.priors.get(e.r)) < _TIGHT
             ):
                 continue
             low = self.bounds[e.ellip][0]
@@ -198,6 +202,14 @@ def engine_of(model: GalaxyModel) -> Callable[..., BatchResult]:
 
         return fit_learned_batch
     return fit_batch
+
+
+def _relative_width(prior: Prior | None) -> float:
+    """Of a prior of something positive, in its logarithm."""
+    if prior is None:
+        return np.inf
+    low, high = prior.ppf(0.16), prior.ppf(0.84)
+    return 0.5 * np.log(high / low) if low > 0 else np.inf
 
 
 class _GalaxyProblem:

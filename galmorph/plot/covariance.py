@@ -101,9 +101,9 @@ def corner(
         return fig
 
     cov = np.asarray(result.cov[i], dtype=float)
-    posterior = result[i].posterior
     cloud = None
-    if posterior.kind != "normal":
+    if "samples" in getattr(result, "extra", {}):
+        posterior = result[i].posterior
         cloud = posterior.samples[0], posterior.weights[0]
     axes = fig.subplots(len(shown), len(shown), sharex="col", squeeze=False)
     for row, below in enumerate(shown):
