@@ -22,13 +22,16 @@ import numpy as np  # noqa: E402
 from astropy.io import fits  # noqa: E402
 from astropy.table import Table  # noqa: E402
 
-from galmorph import PSF, LearnedGalaxy2D, SersicGalaxy2D, fit_images  # noqa: E402
+from galmorph import PSF, LearnedGalaxy2D, MAPFitter, SersicGalaxy2D, fit_images  # noqa: E402
+from galmorph.noise import GaussianNoise, LearnedNoise  # noqa: E402
 
 SIZE = 64
 
 
-def kids(folder: Path, band: str = "R", faintest: float = 21.0) -> list[dict]:
-    """Stamps of the KiDS field, neighbours masked by a segmentation."""
+def kids(
+    folder: Path, band: str = "R", faintest: float = 21.0, *, trained: bool = False
+) -> list[dict]:
+    """Stamps of the KiDS field, neighbours masked: those of the training, or the others."""
     from photutils.segmentation import deblend_sources, detect_sources
 
     with fits.open(folder / "kids_viking_field.fits") as f:
@@ -43,7 +46,7 @@ def kids(folder: Path, band: str = "R", faintest: float = 21.0) -> list[dict]:
     keep &= ~((table["mag_r"] < 17) & (table["r50_px"] < 5))  # saturated stars
     stamps, half = [], SIZE // 2
     for row in np.flatnonzero(keep):
-        if row % 2 == 0:  # the network was trained on these
+        if (row % 2 == 0) != trained:  # the network was trained on even rows
             continue
         x, y = (round(float(table[n][row])) for n in ("x", "y"))
         if min(x, y) < half or x > image.shape[1] - half or y > image.shape[0] - half:
@@ -77,7 +80,7 @@ def cosmos(folder: Path) -> list[dict]:
 
 
 def run(stamps: list[dict], models: dict, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Fit and judge; log-likelihoods of the pixels left out and chi2 of all by model."""
+    """Fit and judge; log-likelihoods of the pixels left out, less that of a perfect fit."""
     data = np.array([s["data"] for s in stamps])
     noise = np.array([s["noise"] for s in stamps])[:, None, None]
     bad = np.array([s["bad"] for s in stamps])
@@ -85,17 +88,23 @@ def run(stamps: list[dict], models: dict, rng: np.random.Generator) -> dict[str,
     psfs = [s["psf"] for s in stamps]
     psf = psfs[0] if all(p is psfs[0] for p in psfs) else psfs
     made = {"snr": None, "left_out": out.sum((1, 2))}
-    for name, model in models.items():
+    for name, (model, fitter) in models.items():
         result = fit_images(
             data,
             model,
+            fitter,
             uncertainty=np.broadcast_to(noise, data.shape),
             mask=bad | out,
             psf=psf,
             background="constant",
         )
         residual = (data - result.model_images) / noise
-        made[name] = -0.5 * np.where(out, residual**2, 0).sum((1, 2))
+        own = result.noise
+        if isinstance(own, LearnedNoise):
+            own = own.bind(result.model_std_images)
+        judged = np.where(out, 1 / noise, 0)
+        found = own.log_prob(data, result.model_images, judged)
+        made[name] = (found - GaussianNoise().log_prob(data, data, judged)).sum((1, 2))
         made[f"{name} chi2"] = np.where(out, residual**2, 0).sum((1, 2)) / out.sum((1, 2))
         made[f"{name} params"] = result.params
         made[f"{name} flags"] = result.flags
@@ -125,34 +134,46 @@ def main() -> None:
         (f"KiDS r, mag < {args.faintest:.1f}", kids(args.data, faintest=args.faintest)),
         ("HST F814W", cosmos(args.data)),
     ):
-        made = run(stamps, {"sersic": SersicGalaxy2D(), "learned": learned}, rng)
-        gain = made["learned"] - made["sersic"]
-        report(f"\n{title}: {len(stamps)} galaxies")
-        for low, high in ((0, 30), (30, 100), (100, 300), (300, np.inf)):
-            rows = (made["snr"] >= low) & (made["snr"] < high)
-            if not rows.any():
-                continue
-            loss = -gain[rows] / np.abs(made["sersic"][rows])
-            report(
-                f"  S/N {low:3d} to {high:4.0f}: {rows.sum():4d}, learned better "
-                f"{np.mean(gain[rows] > 0):6.1%}, gain of ln L 16, 50, 84 %: "
-                + " ".join(f"{g:8.1f}" for g in np.percentile(gain[rows], [16, 50, 84]))
-                + f", worse by more than 1 %: {np.sum(loss > 0.01)}"
-                + f", median chi2 {np.median(made['sersic chi2'][rows]):.2f} -> "
-                f"{np.median(made['learned chi2'][rows]):.2f}"
-            )
-        lost = np.flatnonzero((made["snr"] >= 100) & (gain <= 0))
-        if lost.size:
-            report(
-                "  lost at S/N 100 and more:   S/N   Sérsic n  r_eff [px]  chi2/pixel  gain of ln L"
-            )
-        for i in lost[np.argsort(gain[lost])]:
-            n, r = made["sersic params"][i, [4, 3]]
-            report(
-                f"  {'':26s}{made['snr'][i]:6.0f}   {n:8.2f}  {r:10.2f}  "
-                f"{made['sersic chi2'][i]:10.2f}  {gain[i]:12.1f}"
-            )
+        models = {
+            "sersic": (SersicGalaxy2D(), MAPFitter()),
+            "learned": (learned, MAPFitter()),
+            "misfit": (learned, MAPFitter(noise=LearnedNoise())),
+        }
+        made = run(stamps, models, rng)
+        for name, text in {
+            "learned": "noise alone",
+            "misfit": "noise and the misfit that the network has learned of itself",
+        }.items():
+            judge(report, f"{title}: {len(stamps)} galaxies, {text}", made, name)
     report.write(None if args.out == "-" else args.out)
+
+
+def judge(report: Report, title: str, made: dict, name: str) -> None:
+    """The gain of a learned fit over the Sérsic fit, by S/N."""
+    gain = made[name] - made["sersic"]
+    report(f"\n{title}")
+    for low, high in ((0, 30), (30, 100), (100, 300), (300, np.inf)):
+        rows = (made["snr"] >= low) & (made["snr"] < high)
+        if not rows.any():
+            continue
+        loss = -gain[rows] / np.abs(made["sersic"][rows])
+        report(
+            f"  S/N {low:3d} to {high:4.0f}: {rows.sum():4d}, learned better "
+            f"{np.mean(gain[rows] > 0):6.1%}, gain of ln L 16, 50, 84 %: "
+            + " ".join(f"{g:8.1f}" for g in np.percentile(gain[rows], [16, 50, 84]))
+            + f", worse by more than 1 %: {np.sum(loss > 0.01)}"
+            + f", median chi2 {np.median(made['sersic chi2'][rows]):.2f} -> "
+            f"{np.median(made[f'{name} chi2'][rows]):.2f}"
+        )
+    lost = np.flatnonzero((made["snr"] >= 100) & (gain <= 0))
+    if lost.size:
+        report("  lost at S/N 100 and more:   S/N   Sérsic n  r_eff [px]  chi2/pixel  gain of ln L")
+    for i in lost[np.argsort(gain[lost])]:
+        n, r = made["sersic params"][i, [4, 3]]
+        report(
+            f"  {'':26s}{made['snr'][i]:6.0f}   {n:8.2f}  {r:10.2f}  "
+            f"{made['sersic chi2'][i]:10.2f}  {gain[i]:12.1f}"
+        )
 
 
 if __name__ == "__main__":
