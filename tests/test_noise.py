@@ -13,10 +13,11 @@ from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from scipy.ndimage import gaussian_filter
 
-from galmorph import SersicGalaxy2D
+from galmorph import LearnedGalaxy2D, MAPFitter, SersicGalaxy2D, fit_images
 from galmorph.noise import (
     CorrelatedNoise,
     GaussianNoise,
+    LearnedNoise,
     NoiseModel,
     PoissonNoise,
     StudentTNoise,
@@ -656,3 +657,42 @@ def test_estimated_correlation_can_be_used(rng):
     image = gaussian_filter(rng.normal(size=(40, 40)), 1.5)
     for radius in (1, 3, 5):
         CorrelatedNoise(estimate_correlation(image, radius=radius), radius=radius)
+
+
+class TestLearnedNoise:
+    def test_adds_the_misfit_to_the_variance(self):
+        rng = np.random.default_rng(1)
+        data, model = rng.normal(size=(2, 3, 8, 9))
+        misfit = rng.uniform(0, 2, data.shape)
+        inv_sigma = rng.uniform(0.5, 2, data.shape)
+        inv_sigma[:, 2, 3] = 0
+        noise = LearnedNoise(scale=0.7)
+        found = noise.bind(misfit).log_prob(data, model, inv_sigma)
+        with np.errstate(divide="ignore"):
+            total = np.hypot(1 / inv_sigma, 0.7 * misfit)
+        expected = np.where(inv_sigma > 0, stats.norm(model, total).logpdf(data), 0)
+        assert_allclose(found, expected, atol=1e-12)
+        some = noise.bind(misfit).rows([2, 0])
+        assert_allclose(
+            some.log_prob(data[[2, 0]], model[[2, 0]], inv_sigma[[2, 0]]), expected[[2, 0]]
+        )
+        # without a fit there is no misfit
+        plain = GaussianNoise().log_prob(data, model, inv_sigma)
+        assert_allclose(noise.log_prob(data, model, inv_sigma), plain)
+        with pytest.raises(ValueError, match="negative"):
+            LearnedNoise(scale=-1)
+
+    def test_fits_feel_it(self):
+        galaxy = LearnedGalaxy2D.from_pretrained(flux=3000, x_0=20, y_0=20, r_50=4)
+        params = galaxy.sample(2, rng=4)
+        data = galaxy.render((41, 41), params=params) + np.random.default_rng(1).normal(
+            size=(2, 41, 41)
+        )
+        plain = fit_images(data, galaxy, uncertainty=1.0)
+        result = fit_images(data, galaxy, MAPFitter(noise=LearnedNoise()), uncertainty=1.0)
+        assert (result.stds[:, 0] > plain.stds[:, 0]).all()
+        # bright pixels count less than faint ones
+        bound = LearnedNoise().bind(result.model_std_images)
+        expected = bound.log_prob(data, result.model_images, np.ones_like(data))
+        assert_allclose(result.log_likelihood_map, expected)
+        assert_allclose(result[1].log_likelihood_map[0], expected[1])
