@@ -397,7 +397,7 @@ def nested(start: Start, seeds: Sequence[Sequence[int]], *, live: int, keep: int
             return target.from_unit(share[None], where)[0].cpu().numpy()
 
         sampler = dynesty.NestedSampler(
-            log_likelihood, transform, target.size, nlive=live, rstate=rng, sample="rslice"
+            log_likelihood, transform, target.size, nlive=live, rstate=rng
         )
         sampler.run_nested(dlogz=dlogz, print_progress=False)
         done = sampler.results
