@@ -34,7 +34,9 @@ _ADAPTABLE = 16
 # draws by which a proposal is improved, round after round
 _PILOT = (120, 160, 240, 400)
 # how often weighted draws may be made until their weights can be trusted
-_ATTEMPTS, _KHAT = 3, 0.7
+_ATTEMPTS = 3
+#: Pareto k above which weights must not be trusted (Vehtari et al. 2024).
+KHAT = 0.7
 _KINDS = {0: "none", 1: "constant", 3: "tilted"}
 
 
@@ -187,7 +189,7 @@ def importance(start: Start, count: int, *, draws: bool = True) -> dict[str, np.
     drawn = importance_draws(start.target, start.proposal, start.rows, count, start.streams)
     if start.target.size <= _ADAPTABLE:
         for _ in range(_ATTEMPTS - 1):
-            again = start.rows[torch.as_tensor(~(drawn.khat <= _KHAT), device=start.rows.device)]
+            again = start.rows[torch.as_tensor(~(drawn.khat <= KHAT), device=start.rows.device)]
             if not len(again):
                 break
             refine_proposal(start.proposal, again, drawn.rows(again))
@@ -268,6 +270,7 @@ def ensembles(
     target, rows = start.target, start.rows
     count, size = len(target), target.size
     walkers = max(walkers, 2 * size + 2)
+    walkers += walkers % 2  # half of each galaxy's walkers move at a time
     y = start.streams.normal(rows, walkers, size).to(start.v)
     places = start.proposal.place(0.7 * y, rows)
     each = rows.repeat_interleave(walkers)
@@ -281,11 +284,10 @@ def ensembles(
     def log_prob(v: np.ndarray, at: np.ndarray) -> np.ndarray:
         return target.log_prob(torch.as_tensor(v, device=start.v.device), at).cpu().numpy()
 
-    moves = [(_Stretch(count), 0.5), (_Differential(count), 0.5)]
     state = _State(places.flatten(0, 1).cpu().numpy(), each, log_prob)
     seed = int(start.streams.uniform(rows[:1], 1)[0, 0].item() * 2**31)
     sampler = emcee.EnsembleSampler(
-        count * walkers, size, state.log_prob, moves=[m for m, _ in moves], vectorize=True
+        count * walkers, size, state.log_prob, moves=_emcee_moves(count), vectorize=True
     )
     sampler._random.seed(seed)
     kept, worst, least = None, np.full(count, np.inf), np.zeros(count)
@@ -328,7 +330,8 @@ class _State:
         return self._log_prob(v, each)
 
 
-def _emcee_moves() -> tuple[type, type]:
+def _emcee_moves(count: int) -> list[Any]:
+    """Stretch and differential moves of the walkers of ``count`` galaxies, within each galaxy."""
     from emcee.moves import RedBlueMove
 
     class Within(RedBlueMove):
@@ -367,15 +370,7 @@ def _emcee_moves() -> tuple[type, type]:
             moved = own + gamma * step + 1e-5 * step * random.standard_normal(own.shape)
             return moved.reshape(s.shape), np.zeros(g * w)
 
-    return Stretch, Differential
-
-
-def _Stretch(count: int) -> Any:
-    return _emcee_moves()[0](count)
-
-
-def _Differential(count: int) -> Any:
-    return _emcee_moves()[1](count)
+    return [Stretch(count), Differential(count)]
 
 
 @one_thread()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from galmorph.priors import Prior
 
 __all__ = ["ImportanceFitter", "MCMCFitter", "NestedFitter"]
-
-#: Pareto k above which weights must not be trusted (Vehtari et al. 2024).
-_KHAT = 0.7
 
 
 class _PosteriorFitter(MAPFitter):
@@ -340,9 +336,9 @@ class ImportanceFitter(_PosteriorFitter):
         return importance(start, self.n_samples)
 
     def _check(self, fits, here, found, start, seeds) -> dict[str, np.ndarray]:
-        from galmorph._sampling import markov_chains
+        from galmorph._sampling import KHAT, markov_chains
 
-        bad = np.flatnonzero(~(found["khat"] <= _KHAT))
+        bad = np.flatnonzero(~(found["khat"] <= KHAT))
         if not bad.size:
             return {}
         if not self.fallback:
@@ -407,10 +403,3 @@ class NestedFitter(_PosteriorFitter):
                 'NestedFitter needs dynesty: pip install "galmorph[nested]"'
             ) from None
         return nested(start, seeds, live=self.live, keep=self.n_samples, dlogz=self.dlogz)
-
-
-def with_priors(fitter: Any, priors: Mapping[str, Prior]) -> Any:
-    """A copy of a fitter with other priors."""
-    other = copy.copy(fitter)
-    other.priors = dict(priors)
-    return other
