@@ -1,8 +1,9 @@
-"""Figures of fits and of networks.
+"""Figures of fits, of networks and of classes.
 
 Figures of fits take a `~galmorph.FitResult` (some a dictionary of them) and
 draw what is in it; those of networks take arrays, a network or the history of
-its training.  None of them fits.  Matplotlib is imported when a figure is
+its training; those of classes take arrays or the tables of `galmorph.agreement`.
+None of them fits.  Matplotlib is imported when a figure is
 made, not before.
 
 Conventions that all figures of fits share: images are drawn with y upwards in the
@@ -12,6 +13,15 @@ not use are grey and hatched; residuals are (data - model) / σ.
 """
 
 from .calibration import coverage, pulls, rank_histograms
+from .classes import (
+    class_overlap,
+    class_profiles,
+    class_sheet,
+    confusion,
+    latent_map,
+    model_selection,
+    votes,
+)
 from .comparison import compare_fits
 from .covariance import corner
 from .latents import latents_tsne, posterior_draws, reconstructions, traversal
@@ -22,20 +32,27 @@ from .sheet import contact_sheet
 from .training import loss_curves
 
 __all__ = [
+    "class_overlap",
+    "class_profiles",
+    "class_sheet",
     "compare_fits",
+    "confusion",
     "contact_sheet",
     "corner",
     "coverage",
     "evidence_differences",
     "fit",
+    "latent_map",
     "latents_tsne",
     "loss_curves",
     "misfit",
     "model_probabilities",
+    "model_selection",
     "posterior_draws",
     "pulls",
     "radial_profile",
     "rank_histograms",
     "reconstructions",
     "traversal",
+    "votes",
 ]

@@ -348,14 +348,7 @@ def latents_tsne(
 
         _, ax = plt.subplots(figsize=(8, 8), layout="constrained")
 
-    low = embedding.min(axis=0)
-    size = np.maximum(np.ptp(embedding, axis=0), 1e-12) / cells
-    place = (embedding - low) / size
-    cell = np.minimum(place.astype(int), cells - 1)
-    distance = np.hypot(*(place - cell - 0.5).T)
-    shown: dict[tuple[int, int], int] = {}
-    for i in np.argsort(distance, kind="stable"):
-        shown.setdefault((int(cell[i, 0]), int(cell[i, 1])), int(i))
+    shown = _nearest_to_cells(_in_cells(embedding, cells), cells)
     for (x, y), i in shown.items():
         _show(ax, images[i], "gray", _asinh_norm(images[i]), extent=(x, x + 1, y, y + 1))
     ax.set(xlim=(0, cells), ylim=(0, cells), aspect="equal", facecolor="0.1")
@@ -389,8 +382,8 @@ def _sigma(residual: np.ma.MaskedArray, given: Any) -> np.ndarray:
         if not np.all(values > 0):
             raise ValueError("the uncertainty must be positive")
         return np.broadcast_to(values, residual.shape)
-    flat = residual.reshape(len(residual), -1).filled(np.nan)
-    scatter = 1.4826 * np.nanmedian(np.abs(flat), axis=1)
+    flat = np.ma.masked_invalid(residual.reshape(len(residual), -1))
+    scatter = 1.4826 * np.ma.filled(np.ma.median(np.abs(flat), axis=1), 0.0)
     return np.broadcast_to(np.where(scatter > 0, scatter, 1.0)[:, None, None], residual.shape)
 
 
@@ -480,6 +473,22 @@ def _of_model(model: Any, shape: tuple[int, int]) -> tuple[Any, Any, Any]:
 
     latents = draws[:, columns]
     return latents.mean(axis=0), latents.std(axis=0), draw
+
+
+def _in_cells(embedding: np.ndarray, cells: int) -> np.ndarray:
+    """Positions in the plane in units of its cells, 0 to ``cells``."""
+    size = np.maximum(np.ptp(embedding, axis=0), 1e-12) / cells
+    return (embedding - embedding.min(axis=0)) / size
+
+
+def _nearest_to_cells(place: np.ndarray, cells: int) -> dict[tuple[int, int], int]:
+    """The galaxy nearest to the middle of each cell that has any."""
+    cell = np.minimum(place.astype(int), cells - 1)
+    distance = np.hypot(*(place - cell - 0.5).T)
+    shown: dict[tuple[int, int], int] = {}
+    for i in np.argsort(distance, kind="stable"):
+        shown.setdefault((int(cell[i, 0]), int(cell[i, 1])), int(i))
+    return shown
 
 
 def _tsne(latents: np.ndarray, perplexity: float, rng: Any) -> np.ndarray:
