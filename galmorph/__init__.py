@@ -12,6 +12,7 @@ __all__ = [
     "EncoderFitter",
     "FitFlag",
     "FitResult",
+    "GalaxyClassifier",
     "GalaxyVAE",
     "GaussianGalaxy2D",
     "ImportanceFitter",
@@ -34,6 +35,7 @@ __all__ = [
 
 _HOME = {
     "BulgeDiskGalaxy2D": "models",
+    "GalaxyClassifier": "classification",
     "GalaxyVAE": "nets",
     "GaussianGalaxy2D": "models",
     "LearnedGalaxy2D": "models",
@@ -57,6 +59,19 @@ _HOME = {
     "fit_images": "images",
 }
 
+_MODULES = {
+    "agreement",
+    "calibration",
+    "classification",
+    "comparison",
+    "derived",
+    "detection",
+    "latents",
+    "noise",
+    "plot",
+    "sdss",
+}
+
 
 def __getattr__(name: str):
     if name == "__version__":
@@ -66,7 +81,7 @@ def __getattr__(name: str):
             return "0+unknown"
     if name in _HOME:
         return getattr(importlib.import_module(f"galmorph.{_HOME[name]}"), name)
-    if name in {"calibration", "comparison", "derived", "detection", "noise", "plot"}:
+    if name in _MODULES:
         return importlib.import_module(f"galmorph.{name}")
     raise AttributeError(f"module 'galmorph' has no attribute {name!r}")
 
