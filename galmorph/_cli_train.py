@@ -26,15 +26,19 @@ a configuration, say train.toml (paths are relative to it; * must be given):
   uncertainty_type = "std"       #  or "var", "ivar"
   mask = "mask.fits"             #  pixels that are not 0 are bad; NaN always is
   psf = "psf.fits"               #  one for all, or one per stamp
+  conditions = "catalog.fits"    #  table with the columns that the network is told
   shape = [69, 69]               #  cut or pad the stamps about their centre
 
   [training]
   epochs = 50
   batch_size = 128
   learning_rate = 1e-3
-  schedule = "cosine"            #  or "constant"
-  beta = 1.0                     #  weight of the KL term, or a list with one per epoch
+  schedule = "cosine"            #  or "constant", "exponential"
+  final_learning_rate = 1e-6     #  at the end of it
+  beta = 1.0                     #  weight of the KL term, a list with one per epoch, or
+                                 #  cycles as {rise = 5, hold = 5, warmup = 10}
   validation = 0.1               #  fraction that judges and is not trained on
+  # prior_warmup = 10            #  epochs before a mixture prior is started (astrovader2020)
   patience = 10                  #  stop if it has not improved for so many epochs
   device = "cpu"                 #  or "cuda"
   precision = "float32"          #  or "bfloat16"

@@ -88,6 +88,11 @@ class LearnedVAE(GalaxyVAE):
         cov = torch.as_tensor(result.cov[:, first:, first:])
         return torch.distributions.MultivariateNormal(mean, cov, validate_args=False)
 
+    def _posterior(
+        self, array: np.ndarray, good: np.ndarray, values: None, rows: slice
+    ) -> torch.distributions.Distribution:
+        return self.encode(np.where(good, array, np.nan))
+
     def _reconstruct(self, array: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """At the maximum of the posterior, with the noise of each image as a parameter."""
         array = np.where(good, array, np.nan).astype(float)

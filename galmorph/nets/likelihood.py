@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal
 
-__all__ = ["ConstantScale", "DiagonalNormal", "RMSScale", "make_scale"]
+__all__ = ["ConstantScale", "DiagonalNormal", "FixedNormal", "RMSScale", "make_scale"]
 
 
 class DiagonalNormal(nn.Module):
@@ -36,6 +36,56 @@ class DiagonalNormal(nn.Module):
         """
         mean, std = decoded
         return Independent(Normal(mean, std, validate_args=False), 2)
+
+
+class FixedNormal(nn.Module):
+    r"""Independent normals of one standard deviation that is not learned.
+
+    Up to a constant the log-likelihood is the summed squared error over :math:`2 \sigma^2`. With
+    :math:`\sigma^2 = 1/2` it is the loss of the published networks; a weight :math:`\beta` of the
+    Kullback-Leibler divergence does the same as :math:`\sigma^2` times :math:`\beta`.
+
+    Parameters
+    ----------
+    std : float
+        Of a pixel, in the unit that the network works in.
+
+    Raises
+    ------
+    ValueError
+        If it is not positive and finite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from galmorph.nets import FixedNormal
+    >>> pixels = FixedNormal(0.5**0.5)(torch.zeros(5, 9, 7))
+    >>> one = pixels.log_prob(torch.zeros(9, 7)) - pixels.log_prob(torch.full((9, 7), 2.0))
+    >>> [round(float(x)) for x in one] == 5 * [4 * 63]
+    True
+    """
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        if isinstance(std, bool) or not 0 < std < float("inf"):
+            raise ValueError(f"noise must be positive and finite, not {std!r}")
+        self.std = float(std)
+
+    def forward(self, decoded: Tensor) -> Distribution:
+        """Distribution of images.
+
+        Parameters
+        ----------
+        decoded : Tensor, (..., ny, nx)
+            Mean.
+
+        Returns
+        -------
+        Distribution
+            Event shape (ny, nx).
+        """
+        return Independent(Normal(decoded, torch.full_like(decoded, self.std),
+                                  validate_args=False), 2)  # fmt: skip
 
 
 class ConstantScale(nn.Module):

@@ -8,9 +8,11 @@ from .augmentation import Augmentation
 from .datasets import StampDataset, TrainingBatch, stream
 from .history import TrainingResult, read_log
 from .loop import train
+from .schedules import CyclicalAnnealing
 
 __all__ = [
     "Augmentation",
+    "CyclicalAnnealing",
     "StampDataset",
     "TrainingBatch",
     "TrainingResult",

@@ -19,6 +19,7 @@ from .augmentation import Augmentation
 from .datasets import StampDataset
 from .history import LossLog, TrainingResult
 from .loop import train
+from .schedules import CyclicalAnnealing
 
 __all__ = ["TrainingConfig", "read_config", "run_config"]
 
@@ -46,7 +47,10 @@ _SWITCH = (lambda v: isinstance(v, bool), "true or false")
 _TABLE = (lambda v: isinstance(v, dict), "a table")
 _PAIR = (lambda v: _are(_is_integer, v) and len(v) == 2, "two integers, as [64, 64]")
 _VALUE_OR_PATH = (lambda v: _is_number(v) or _TEXT[0](v), "a path in quotes, or a number")
-_NUMBERS = (lambda v: _is_number(v) or _are(_is_number, v), "a number, or a list of numbers")
+_NUMBERS = (
+    lambda v: _is_number(v) or _are(_is_number, v) or isinstance(v, dict),
+    "a number, a list of numbers, or a table, as {rise = 5, hold = 5}",
+)
 
 #: The keys of each table of the file, and what each must be.
 KEYS = {
@@ -57,6 +61,7 @@ KEYS = {
         "uncertainty_type": _TEXT,
         "mask": _TEXT,
         "psf": _TEXT,
+        "conditions": _TEXT,
         "shape": _PAIR,
     },
     "training": {
@@ -64,11 +69,13 @@ KEYS = {
         "epochs": _INTEGER,
         "batch_size": _INTEGER,
         "learning_rate": _NUMBER,
+        "final_learning_rate": _NUMBER,
         "schedule": _TEXT,
         "warmup": _NUMBER,
         "weight_decay": _NUMBER,
         "clip": _NUMBER,
         "beta": _NUMBERS,
+        "prior_warmup": _INTEGER,
         "patience": _INTEGER,
         "max_bad_steps": _INTEGER,
         "checkpoint_minutes": _NUMBER,
@@ -89,7 +96,7 @@ KEYS = {
 }
 #: Keys that are names of files, beside the configuration unless they are absolute.
 _PATHS = {
-    "data": ("images", "uncertainty", "mask", "psf"),
+    "data": ("images", "uncertainty", "mask", "psf", "conditions"),
     "output": ("weights", "checkpoint", "log", "plot"),
 }
 
@@ -247,6 +254,8 @@ def run_config(
             settings["augment"] = Augmentation(
                 **{"turns": False, "flips": False} | config.augmentation
             )
+        if isinstance(settings.get("beta"), dict):
+            settings["beta"] = CyclicalAnnealing(**settings["beta"])
         with StampDataset(**config.data) as data:
             vae = _make_network(config, data.shape, settings.get("rng"))
             result = train(

@@ -39,6 +39,10 @@ class TrainingBatch:
         Which stamps of the data set these are.
     noise_known : bool
         Whether ``weight`` is 1/σ, or only says which pixels are masked.
+    condition : Tensor, shape (B, C), or None
+        What is known of the galaxies beside their images, in its own units; NaN where missing.
+    condition_names : tuple of str or None
+        Of the columns of ``condition``, if they have names.
     """
 
     images: torch.Tensor
@@ -46,6 +50,8 @@ class TrainingBatch:
     psf: torch.Tensor | None = None
     index: torch.Tensor | None = None
     noise_known: bool = True
+    condition: torch.Tensor | None = None
+    condition_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,7 +71,7 @@ class TrainingBatch:
         """
         moved = {
             name: None if (tensor := getattr(self, name)) is None else _move(tensor, device)
-            for name in ("images", "weight", "psf", "index")
+            for name in ("images", "weight", "psf", "index", "condition")
         }
         return replace(self, **moved)
 
@@ -91,6 +97,8 @@ class Loaded:
     psf: np.ndarray | None
     noise_known: bool
     skipped: dict[int, str] = field(default_factory=dict)
+    condition: np.ndarray | None = None
+    condition_names: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -99,13 +107,18 @@ class Loaded:
         """The same as a batch of tensors on the CPU."""
         import torch
 
-        weight, psf = (None if a is None else torch.from_numpy(a) for a in (self.weight, self.psf))
+        weight, psf, condition = (
+            None if a is None else torch.from_numpy(a)
+            for a in (self.weight, self.psf, self.condition)
+        )
         return TrainingBatch(
             torch.from_numpy(self.images),
             weight,
             psf,
             torch.from_numpy(self.index),
             noise_known=self.noise_known,
+            condition=condition,
+            condition_names=self.condition_names,
         )
 
 
@@ -134,6 +147,9 @@ class StampDataset:
         Pixels that are not 0 or False are bad.
     psf : as ``images``, or `~galmorph.PSF`, or shape (ky, kx), optional
         Effective PSFs at pixel steps.
+    conditions : array-like (N,) or (N, C), Table, dict of columns, or path, optional
+        What is known of the galaxies beside their images.  Masked and NaN values are
+        missing.  Columns that are not numbers are left out; units are not looked at.
     shape : tuple of int, optional
         Cut larger stamps about their centre to (ny, nx), and surround smaller
         ones with masked pixels.  By default the shape of the first good
@@ -147,6 +163,10 @@ class StampDataset:
         (ky, kx) of the PSFs, None if there are none.
     noise_known : bool
         Whether the noise of the pixels is known.
+    conditions : ndarray of float32, shape (N, C), or None
+        What is known beside the images, NaN where missing.
+    condition_names : tuple of str or None
+        Names of its columns, if they have any.
     first : int
         The first stamp that is good.
 
@@ -187,6 +207,7 @@ class StampDataset:
         uncertainty_type: str = "std",
         mask: Any = None,
         psf: Any = None,
+        conditions: Any = None,
         shape: tuple[int, int] | None = None,
     ) -> None:
         if uncertainty_type not in _KINDS:
@@ -205,6 +226,7 @@ class StampDataset:
                 self._mask = open_companion(mask, self._images, "mask")
             if psf is not None:
                 self._psf = open_companion(psf, self._images, "psf")
+            self.condition_names, self.conditions = self._read_conditions(conditions)
             self.shape = None if shape is None else _check_shape(shape)
             self._reshapes = shape is not None
             self.psf_shape: tuple[int, int] | None = None
@@ -230,6 +252,19 @@ class StampDataset:
 
     def _readers(self) -> list[Any]:
         return [r for r in (self._images, self._sigma, self._mask, self._psf) if r is not None]
+
+    def _read_conditions(self, conditions: Any) -> tuple[Any, np.ndarray | None]:
+        if conditions is None:
+            return None, None
+        from ..nets.conditions import condition_columns
+
+        try:
+            names, values = condition_columns(conditions)
+        except (TypeError, ValueError, OSError) as error:
+            raise type(error)(f"conditions: {error}") from None
+        if len(values) != len(self):
+            raise ValueError(f"conditions holds {len(values)} rows, images holds {len(self)}")
+        return names, values
 
     def _find_first(self) -> int:
         """The first good stamp, which tells the shape of all."""
@@ -333,8 +368,10 @@ class StampDataset:
             psf = None
         if not self.noise_known and weight.all():
             weight = None
-        return Loaded(np.array(good, dtype=np.int64), images, weight, psf,
-                      self.noise_known, skipped)  # fmt: skip
+        index = np.array(good, dtype=np.int64)
+        condition = None if self.conditions is None else self.conditions[index]
+        return Loaded(index, images, weight, psf, self.noise_known, skipped, condition,
+                      self.condition_names)  # fmt: skip
 
     def batch(self, indices: Sequence[int]) -> tuple[TrainingBatch, dict[int, str]]:
         """Read some stamps as tensors.

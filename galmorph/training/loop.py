@@ -18,23 +18,27 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..nets.vae import draw
 from .augmentation import Augmentation
 from .checkpoint import read_checkpoint, write_checkpoint
 from .datasets import Loaded, StampDataset, TrainingBatch, stream
 from .ddp import Group, process_group
 from .history import COLUMNS, LossLog, TrainingResult, as_arrays
-from .schedules import SCHEDULES, beta_per_epoch, learning_rate_factor
+from .schedules import SCHEDULES, CyclicalAnnealing, beta_per_epoch, learning_rate_factor
 
 __all__ = ["train"]
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+#: Training stamps at most that a mixture prior is started from.
+_MOST_LATENTS = 50_000
 
 #: The running mean of the gradient's length forgets with this factor per step.
 _NORM_MEMORY = 0.99
 
 # What a random number is for: each use has a stream of its own, made of the seed, the epoch
 # and the step.  A run that was stopped so needs no state of a generator to go on exactly.
-_SPLIT, _ORDER, _AUGMENT, _LATENT, _VALIDATE = range(5)
+_SPLIT, _ORDER, _AUGMENT, _LATENT, _VALIDATE, _PRIOR = range(6)
 
 
 def train(
@@ -45,16 +49,19 @@ def train(
     uncertainty_type: str = "std",
     mask: Any = None,
     psf: Any = None,
+    conditions: Any = None,
     shape: tuple[int, int] | None = None,
     validation: float | Sequence[int] = 0.1,
     epochs: int = 50,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    final_learning_rate: float | None = None,
     schedule: str = "cosine",
     warmup: float = 1.0,
     weight_decay: float = 0.0,
     clip: float | None = 10.0,
-    beta: float | Sequence[float] = 1.0,
+    beta: float | Sequence[float] | CyclicalAnnealing = 1.0,
+    prior_warmup: int | None = None,
     augment: bool | Augmentation = True,
     patience: int | None = None,
     max_bad_steps: int = 20,
@@ -94,6 +101,9 @@ def train(
         Pixels that are not 0 or False are bad.
     psf : optional
         Effective PSFs at pixel steps.
+    conditions : optional
+        What is known of the galaxies beside their images: array (N, C), table, dict of
+        columns or path of a table, with the columns that the network is conditioned on.
     shape : tuple of int, optional
         Cut or pad the stamps about their centre to (ny, nx).
     validation : float or sequence of int, optional
@@ -105,8 +115,10 @@ def train(
         Largest number of stamps per step, of all processes together.
     learning_rate : float, optional
         The highest, of Adam.
-    schedule : {"cosine", "constant"}, optional
-        How the learning rate falls.
+    final_learning_rate : float, optional
+        At the end; by default 0.
+    schedule : {"cosine", "constant", "exponential"}, optional
+        How the learning rate falls; "exponential" needs a final one.
     warmup : float, optional
         Epochs, at the start, in which it rises from 0.
     weight_decay : float, optional
@@ -114,9 +126,14 @@ def train(
     clip : float or None, optional
         A gradient longer than this many times the running mean of its length
         is shortened to that.
-    beta : float or sequence of float, optional
+    beta : float, sequence of float or CyclicalAnnealing, optional
         Weight of the Kullback-Leibler divergence, one for all epochs or one
         for each.
+    prior_warmup : int, optional
+        Epochs with the prior N(0, I), for a network that learns a mixture
+        (`galmorph.nets.DiagonalMixture`).  After them the mixture is started from the
+        latents, by k-means and a mixture of diagonal normals, and is learned with the rest; the
+        best epoch is one of those that follow.
     augment : bool or Augmentation, optional
         Random quarter turns and mirror images, or what is given.
     patience : int, optional
@@ -196,11 +213,13 @@ def train(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        final_learning_rate=final_learning_rate,
         schedule=schedule,
         warmup=warmup,
         weight_decay=weight_decay,
         clip=clip,
         beta=beta,
+        prior_warmup=prior_warmup,
         augment=Augmentation() if augment is True else augment or None,
         patience=patience,
         max_bad_steps=max_bad_steps,
@@ -214,8 +233,10 @@ def train(
         group = stack.enter_context(process_group(device))
         stack.enter_context(_own_random_numbers(group.device))
         if isinstance(images, StampDataset):
-            if any(o is not None for o in (uncertainty, mask, psf, shape)):
-                raise ValueError("uncertainty, mask, psf and shape belong into the StampDataset")
+            if any(o is not None for o in (uncertainty, mask, psf, conditions, shape)):
+                raise ValueError(
+                    "uncertainty, mask, psf, conditions and shape belong into the StampDataset"
+                )
             data = images
         else:
             data = stack.enter_context(
@@ -225,6 +246,7 @@ def train(
                     uncertainty_type=uncertainty_type,
                     mask=mask,
                     psf=psf,
+                    conditions=conditions,
                     shape=shape,
                 )
             )
@@ -254,11 +276,13 @@ class _Settings:
     epochs: int
     batch_size: int
     learning_rate: float
+    final_learning_rate: float | None
     schedule: str
     warmup: float
     weight_decay: float
     clip: float | None
-    beta: float | Sequence[float]
+    beta: float | Sequence[float] | CyclicalAnnealing
+    prior_warmup: int | None
     augment: Augmentation | None
     patience: int | None
     max_bad_steps: int
@@ -268,8 +292,11 @@ class _Settings:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_bad_steps"):
             _check_count(name, getattr(self, name))
-        if self.patience is not None:
-            _check_count("patience", self.patience)
+        for name in ("patience", "prior_warmup"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if self.prior_warmup is not None and self.prior_warmup >= self.epochs:
+            raise ValueError(f"prior_warmup must be below epochs, not {self.prior_warmup!r}")
         for name in ("learning_rate", "clip", "checkpoint_minutes"):
             if name != "clip" or self.clip is not None:
                 _check_number(name, getattr(self, name), "positive", lambda v: v > 0)
@@ -285,13 +312,20 @@ class _Settings:
             )
         if self.augment is not None and not isinstance(self.augment, Augmentation):
             raise TypeError(f"augment must be True, False or an Augmentation, not {self.augment!r}")
+        final = self.final_learning_rate
+        if final is None and self.schedule == "exponential":
+            raise ValueError("the schedule 'exponential' needs a final_learning_rate")
+        if final is not None:
+            _check_number("final_learning_rate", final, "positive", lambda v: v > 0)
+        self.final_factor = 0.0 if final is None else final / self.learning_rate
         self.betas = beta_per_epoch(self.beta, self.epochs)
 
     def job(self) -> dict[str, Any]:
         """What two runs must share to be one."""
         fixed = {"epochs", "patience", "max_bad_steps", "checkpoint_minutes"}
         job = {name: value for name, value in asdict(self).items() if name not in fixed}
-        job["beta"] = np.asarray(self.beta).tolist()
+        if not isinstance(self.beta, CyclicalAnnealing):
+            job["beta"] = np.asarray(self.beta).tolist()
         return job
 
 
@@ -406,10 +440,22 @@ class _Run:
         self._split()
         # also stands in where a process gets no usable stamp of a batch
         self.placeholder = data.load([data.first])
+        self._check_network()
         self.latents = torch.Generator(group.device)
         self.checkpoint: str | os.PathLike | None = None
         self.log: LossLog | None = None
         self._clock = self._saved = time.perf_counter()
+
+    def _check_network(self) -> None:
+        """What the network has to know before the first step, and to be able to do later."""
+        learn = getattr(self.vae, "learn_conditions", None)
+        if learn is not None:
+            known = self.data.conditions
+            learn(None if known is None else known[self.training], self.data.condition_names)
+        if self.settings.prior_warmup is not None:
+            fit = getattr(getattr(self.vae, "prior", None), "fit", None)
+            if not callable(fit):
+                raise ValueError("prior_warmup is for a network whose prior is a learned mixture")
 
     def _split(self) -> None:
         self.training, self.held_out = _split(len(self.data), self._validation, self.state.seed)
@@ -441,6 +487,9 @@ class _Run:
             "first image": zlib.crc32(first.images.tobytes()),
             "noise and masks": first.weight is not None and zlib.crc32(first.weight.tobytes()),
             "psf": first.psf is not None and zlib.crc32(first.psf.tobytes()),
+            "conditions": None
+            if self.data.conditions is None
+            else zlib.crc32(self.data.conditions.tobytes()),
             "network": zlib.crc32(
                 repr([(k, tuple(v.shape)) for k, v in self.vae.state_dict().items()]).encode()
             ),
@@ -516,6 +565,8 @@ class _Run:
         patience, state = self.settings.patience, self.state
         if patience is None or not len(self.held_out):
             return False
+        if state.epoch <= (self.settings.prior_warmup or 0):
+            return False  # the mixture comes first
         return state.epoch - state.best_epoch >= patience
 
     def _take_best(self) -> None:
@@ -556,6 +607,8 @@ class _Run:
         order = _generator(state.seed, _ORDER, state.epoch).permutation(self.training)
         batches = _batches(order, self.settings.batch_size)[state.step :]
         parts = [batch[group.part(batch)] for batch in batches]
+        if state.step == 0 and state.epoch == self.settings.prior_warmup:
+            self._start_prior()
         self.vae.train()
         with contextlib.closing(stream(self.data, parts)) as stamps:
             for batch, part, loaded in zip(batches, parts, stamps, strict=True):
@@ -571,6 +624,23 @@ class _Run:
             if state.bad_row:
                 raise FloatingPointError(self._not_finite())
             raise ValueError(f"images: not one training stamp could be used{why}")
+
+    def _start_prior(self) -> None:
+        """Start the mixture from a draw of the latents of each training stamp."""
+        rng = _generator(self.state.seed, _PRIOR)
+        rows = rng.permutation(self.training)[:_MOST_LATENTS]
+        self.vae.eval()
+        self._seed_latents(_PRIOR)
+        drawn = []
+        parts = _batches(rows, self.settings.batch_size)
+        with contextlib.closing(stream(self.data, parts)) as stamps, torch.no_grad():
+            for loaded in filter(len, stamps):
+                batch = loaded.tensors().to(self.group.device)
+                drawn.append(draw(self.vae.posterior(batch), self.latents))
+        self.vae.prior.fit(torch.cat(drawn).double().cpu().numpy(), rng)
+        self.group.share(self.vae)
+        # earlier epochs had another prior: the best one is yet to come
+        self.state.best_loss = math.inf
 
     def _prepare(self, loaded: Loaded, batch: np.ndarray, part: np.ndarray) -> TrainingBatch:
         """The batch on its device, changed at random."""
@@ -608,6 +678,7 @@ class _Run:
             settings.epochs * self.n_steps,
             schedule=settings.schedule,
             warmup=round(settings.warmup * self.n_steps),
+            final=settings.final_factor,
         )
 
     def _step(self, batch: TrainingBatch, count: int, real: bool) -> None:
