@@ -64,7 +64,7 @@ def models() -> dict:
         "learned": (
             LearnedGalaxy2D.from_pretrained(),
             {"r_50": LogNormal(5.0, 0.2), "theta": Uniform(-np.pi, np.pi)},
-            fitted,
+            fitted | sampled,
         ),
     }
 
@@ -86,6 +86,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--snr", type=float, nargs="+", default=[10, 30, 100])
     parser.add_argument("--models", nargs="+", default=list(models()))
+    parser.add_argument("--fitters", nargs="+", help="only these; all by default")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default=RESULTS / "calibration.txt", help="'-' for none")
     args = parser.parse_args()
@@ -100,7 +101,7 @@ def main() -> None:
     for name in args.models:
         model, prior, fitters = models()[name]
         for kind, fitter in fitters.items():
-            for snr in args.snr:
+            for snr in args.snr if kind in (args.fitters or fitters) else ():
                 flux = usual_flux(model, prior, psf, snr)
                 began = time.perf_counter()
                 found = calibrate(

@@ -111,6 +111,15 @@ class LearnedTarget(Target):
             u = torch.cat([u, params[:, :1] / self.scale[:1]], 1)
         return u
 
+    def other_starts(self, v: torch.Tensor, streams: Any) -> list[torch.Tensor]:
+        """The opposite direction: many galaxies look nearly the same after half a turn."""
+        angles = [c for axis in self.axes if axis.kind == "angle" for c in axis.coordinates]
+        if not angles:
+            return []
+        turned = v.clone()
+        turned[:, angles] += np.pi
+        return [turned]
+
     # -- drawing -----------------------------------------------------------------------
 
     def _drawn(self, v: torch.Tensor, rows: torch.Tensor):

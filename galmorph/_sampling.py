@@ -12,14 +12,16 @@ import torch
 from galmorph._batchfit import BatchSetup, one_thread
 from galmorph._target import GalaxyTarget, Target
 from galmorph.inference.mcmc import (
+    Mixture,
     Proposal,
     Streams,
-    Weighted,
+    adapt_mixture,
+    climb,
     importance_draws,
-    refine_proposal,
     resample,
     sample_chains,
 )
+from galmorph.inference.nested import nested_sampling
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.psf import PSF
 
@@ -31,10 +33,15 @@ __all__ = ["Start", "importance", "log_posterior", "make_target", "markov_chains
 _WIDE = torch.float64
 # with more coordinates than this, draws from the normal approximation say little of its shape
 _ADAPTABLE = 16
-# draws by which a proposal is improved, round after round
+# draws by which proposals are fitted, round after round: of one component, of several, and of
+# those whose weights cannot be trusted yet
 _PILOT = (120, 160, 240, 400)
+_PILOT_OF_MANY = (500, 500, 500, 500, 500, 500)
+_AGAIN = (1000, 1000, 1000)
 # how often weighted draws may be made until their weights can be trusted
 _ATTEMPTS = 3
+# minus the logarithm of a likelihood that is nothing
+_NOTHING = 1e300
 #: Pareto k above which weights must not be trusted (Vehtari et al. 2024).
 KHAT = 0.7
 _KINDS = {0: "none", 1: "constant", 3: "tilted"}
@@ -68,13 +75,20 @@ class Start:
     v : tensor, shape (B, D)
         The fitted coordinates.
     proposal : Proposal
+        The normal approximation there.
+    mixture : Mixture
+        Normal approximations at all modes that are known.
     streams : Streams
+    adapted : bool
+        Whether the mixture follows the target already.
     """
 
     target: Target
     v: torch.Tensor
     proposal: Proposal
+    mixture: Mixture
     streams: Streams
+    adapted: bool = False
 
     @classmethod
     def at(
@@ -94,7 +108,7 @@ class Start:
         v = _coordinates(target, params, background)
         v = _inside(target, v)
         proposal = Proposal.from_curvature(v, target.curvature(v))
-        return cls(target, v, proposal, Streams(seeds))
+        return cls(target, v, proposal, Mixture.of([proposal]), Streams(seeds))
 
     @property
     def rows(self) -> torch.Tensor:
@@ -106,17 +120,43 @@ class Start:
         index = torch.as_tensor(rows, device=self.v.device)
         proposal = Proposal(self.proposal.centre[index], self.proposal.root[index])
         return Start(
-            _Part(self.target, index), self.v[index], proposal, self.streams.part(rows.tolist())
+            _Part(self.target, index),
+            self.v[index],
+            proposal,
+            self.mixture.part(index),
+            self.streams.part(rows.tolist()),
+            self.adapted,
         )
 
-    def adapt(self) -> Weighted | None:
-        """Improve the proposals by a few rounds of weighted draws; the last of these."""
-        drawn = None
+    def find_modes(self) -> None:
+        """Add the modes that are reached from other starts to the mixture."""
+        found, height = [self.proposal], [self.laplace_evidence(self.proposal)]
+        for v in self.target.other_starts(self.v, self.streams):
+            v = climb(self.target, v, inside=lambda v: _inside(self.target, v))
+            own = Proposal.from_curvature(v, self.target.curvature(v))
+            found.append(own)
+            height.append(self.laplace_evidence(own))
+        # half of the logarithm: what an approximation says of a volume may be far off
+        log_share = 0.5 * torch.stack(height, 1)
+        log_share = log_share - log_share.max(1, keepdim=True).values
+        self.mixture = Mixture.of(found, log_share.nan_to_num(nan=-9.0).clamp_min(-3.0))
+
+    def laplace_evidence(self, proposal: Proposal) -> torch.Tensor:
+        """Logarithm of the integral of a mode, by its normal approximation, (B,)."""
+        log_volume = torch.diagonal(proposal.root, dim1=1, dim2=2).log().sum(1)
+        log_volume = log_volume + 0.5 * self.target.size * np.log(2 * np.pi)
+        return self.target.log_prob(proposal.centre, self.rows) + log_volume
+
+    def adapt(self) -> None:
+        """Find other modes, and fit the mixture to a few rounds of weighted draws."""
+        if self.adapted:
+            return
+        self.adapted = True
+        self.find_modes()
+        single = self.mixture.centre.shape[1] == 1
         if self.target.size <= _ADAPTABLE:
-            for count in _PILOT:
-                drawn = importance_draws(self.target, self.proposal, self.rows, count, self.streams)
-                refine_proposal(self.proposal, self.rows, drawn)
-        return drawn
+            pilot = _PILOT if single else _PILOT_OF_MANY
+            adapt_mixture(self.target, self.mixture, self.rows, pilot, self.streams)
 
 
 class _Part:
@@ -171,10 +211,11 @@ def _inside(target: Target, v: torch.Tensor) -> torch.Tensor:
     return v
 
 
-def _to_params(target: Target, v: torch.Tensor) -> np.ndarray:
-    """Parameters and background (B, S, P + nb) of coordinates (B, S, D)."""
+def _to_params(target: Target, v: torch.Tensor, rows: torch.Tensor | None = None) -> np.ndarray:
+    """Parameters and background (b, S, P + nb) of coordinates (b, S, D) of galaxies (all)."""
     batch, count, size = v.shape
-    rows = torch.arange(batch, device=v.device).repeat_interleave(count)
+    rows = torch.arange(batch, device=v.device) if rows is None else rows
+    rows = rows.repeat_interleave(count)
     values = target.to_params(v.reshape(-1, size), rows)
     if hasattr(target, "to_galaxies"):
         values = target.to_galaxies(values)
@@ -186,15 +227,15 @@ def _to_params(target: Target, v: torch.Tensor) -> np.ndarray:
 def importance(start: Start, count: int, *, draws: bool = True) -> dict[str, np.ndarray]:
     """Weighted draws: samples (B, S, P + nb), weights (B, S), evidence, and what it is worth."""
     start.adapt()
-    drawn = importance_draws(start.target, start.proposal, start.rows, count, start.streams)
+    drawn = importance_draws(start.target, start.mixture, start.rows, count, start.streams)
     if start.target.size <= _ADAPTABLE:
         for _ in range(_ATTEMPTS - 1):
             again = start.rows[torch.as_tensor(~(drawn.khat <= KHAT), device=start.rows.device)]
             if not len(again):
                 break
-            refine_proposal(start.proposal, again, drawn.rows(again))
+            adapt_mixture(start.target, start.mixture, again, _AGAIN, start.streams)
             drawn.put(
-                again, importance_draws(start.target, start.proposal, again, count, start.streams)
+                again, importance_draws(start.target, start.mixture, again, count, start.streams)
             )
     found = {}
     if draws:
@@ -215,18 +256,16 @@ def markov_chains(
     start: Start, *, chains: int, draws: int, blocks: int, rhat: float, ess: float, keep: int
 ) -> dict[str, np.ndarray]:
     """Draws of chains: samples (B, keep, P + nb), chain after chain, rhat and ess."""
-    drawn = start.adapt()
-    rows = start.rows
-    if drawn is None:
-        y = start.streams.normal(rows, chains, start.target.size).to(start.v)
-        places = start.proposal.place(0.7 * y, rows)
-    else:
-        places = resample(drawn, rows, chains, start.streams)
+    start.adapt()
+    frame = start.mixture.moments() if start.target.size <= _ADAPTABLE else start.proposal
+    drawn = importance_draws(start.target, start.mixture, start.rows, _PILOT[-1], start.streams)
+    places = resample(drawn, start.rows, chains, start.streams)
     made = sample_chains(
         start.target,
-        start.proposal,
+        frame,
         places,
         start.streams,
+        mixture=start.mixture,
         draws=draws,
         blocks=blocks,
         rhat=rhat,
@@ -377,33 +416,21 @@ def _emcee_moves(count: int) -> list[Any]:
 @torch.no_grad()
 def nested(start: Start, seeds: Sequence[Sequence[int]], *, live: int, keep: int, dlogz: float):
     """Nested sampling of one galaxy after the other with dynesty: as `importance`."""
-    import dynesty
-
     target, found = start.target, []
     for row in start.rows.tolist():
         rng = np.random.default_rng(list(seeds[row]))
         where = torch.tensor([row], device=start.v.device)
 
-        def log_likelihood(v: np.ndarray, where: torch.Tensor = where) -> float:
-            u = torch.as_tensor(v, device=start.v.device)[None]
-            return float(target.log_likelihood(u, where)[0].clamp_min(-1e300))
+        def log_likelihood(u: np.ndarray, where: torch.Tensor = where) -> np.ndarray:
+            own = where.expand(len(u))
+            value = target.log_likelihood(target.from_unit(u, own), own)
+            return torch.nan_to_num(value, nan=-_NOTHING).clamp_min(-_NOTHING).cpu().numpy()
 
-        def transform(share: np.ndarray, where: torch.Tensor = where) -> np.ndarray:
-            return target.from_unit(share[None], where)[0].cpu().numpy()
-
-        sampler = dynesty.NestedSampler(
-            log_likelihood, transform, target.size, nlive=live, rstate=rng
-        )
-        sampler.run_nested(dlogz=dlogz, print_progress=False)
-        done = sampler.results
-        weights = np.exp(done.logwt - done.logz[-1])
-        at = rng.choice(len(weights), keep, p=weights / weights.sum())
-        v = torch.as_tensor(done.samples[at], device=start.v.device)
-        values = target.to_params(v, where.expand(keep))
-        if hasattr(target, "to_galaxies"):
-            values = target.to_galaxies(values)
-        size = 1.0 / np.square(weights / weights.sum()).sum()
-        found.append((values.cpu().numpy(), done.logz[-1], done.logzerr[-1], size))
+        run = nested_sampling(log_likelihood, target.size, rng=rng, live=live, dlogz=dlogz)
+        at = rng.choice(len(run.u), keep, p=np.exp(run.log_weight))
+        v = target.from_unit(run.u[at], where.expand(keep))
+        values = _to_params(start.target, v[None], where)[0]
+        found.append((values, run.log_evidence, run.log_evidence_err, run.ess))
     names = ("samples", "log_evidence", "log_evidence_err", "ess")
     return {
         name: np.array(part) for name, part in zip(names, zip(*found, strict=True), strict=True)
@@ -501,10 +528,7 @@ def evidence_of(
         found = importance(start, count, draws=False)
         return found["log_evidence"], found["log_evidence_err"]
     with one_thread(), torch.no_grad():
-        root = start.proposal.root
-        log_volume = torch.diagonal(root, dim1=1, dim2=2).log().sum(1)
-        log_volume = log_volume + 0.5 * target.size * np.log(2 * np.pi)
-        value = target.log_prob(start.v, start.rows) + log_volume
+        value = start.laplace_evidence(start.proposal)
     return value.cpu().numpy(), np.full(len(rows), np.nan)
 
 

@@ -34,6 +34,8 @@ from galmorph.rendering.parameters import MAX_ELLIP, raw_jacobian
 __all__ = ["GalaxyTarget", "Target"]
 
 _WIDE = torch.float64
+# starts of the search for other modes, where a model has several components
+_STARTS = 5
 # galaxies that are drawn at once
 _WINDOW = 96
 # range of a background term in units of the noise of a pixel, over which it is equally likely
@@ -518,6 +520,10 @@ class Target:
 
     # -- a normal distribution to start from -------------------------------------------
 
+    def other_starts(self, v: torch.Tensor, streams: Any) -> list[torch.Tensor]:
+        """Coordinates (B, D) from which other modes than that at ``v`` (B, D) may be reached."""
+        return []
+
     def curvature(self, v: torch.Tensor) -> torch.Tensor:
         """Curvature of -ln(posterior) at coordinates (B, D) of all galaxies, (B, D, D).
 
@@ -663,6 +669,25 @@ class GalaxyTarget(Target):
                 kind = "flux" if name == "flux" else "log" if name in logarithmic else "same"
                 add(kind, [name], 1)
         return axes
+
+    def other_starts(self, v: torch.Tensor, streams: Any) -> list[torch.Tensor]:
+        """Other sizes and shapes, if there are several components: these may change places."""
+        if len(self.setup.ellipses) < 2:
+            return []
+        rows = torch.arange(len(v), device=v.device)
+        keep = [
+            c
+            for axis in self.axes
+            if axis.kind == "flux" or self.setup.names[axis.parameters[0]] in ("x_0", "y_0")
+            for c in axis.coordinates
+        ] + list(range(self.walked, self.size))
+        found = []
+        for _ in range(_STARTS):
+            share = streams.uniform(rows, self.size).numpy()
+            start = self.from_unit(share, rows)
+            start[:, keep] = v[:, keep]
+            found.append(start)
+        return found
 
     def image(self, u: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         params = self.to_params(u, rows)[:, : self.template.shape[1]]

@@ -28,8 +28,8 @@ def log_evidence(
     result : FitResult
         Of any fitter; its priors, and where it has none those of `MCMCFitter`.
     method : {"importance", "laplace", "nested"}, optional
-        The mean weight of draws from a Student t distribution about the fit, improved in a few
-        rounds; the volume of the normal approximation; or nested sampling with dynesty (slow).
+        The mean weight of draws from Student t distributions that are fitted to the posterior in a
+        few rounds; the volume of the normal approximation; or nested sampling with dynesty (slow).
     n : int, optional
         Draws, or live points of nested sampling.
     rng : `numpy.random.Generator` or int, optional

@@ -281,9 +281,11 @@ class MCMCFitter(_PosteriorFitter):
 class ImportanceFitter(_PosteriorFitter):
     """Posteriors and evidence by importance sampling.
 
-    Draws come from a Student t distribution about the maximum-posterior fit (or, for learned
-    galaxies, about what the encoder tells), improved in a few rounds, and are weighted by the
-    posterior.  The largest weights are smoothed; where they are too large, chains take over.
+    Draws come from Student t distributions about the maximum-posterior fit (or, for learned
+    galaxies, about what the encoder tells) and about other modes: of several components, those
+    reached from other shapes; of a learned galaxy, the opposite direction.  With up to 16
+    coordinates these are fitted to the posterior in a few rounds.  The draws are weighted by the
+    posterior, and the largest weights smoothed; where they are too large, chains take over.
 
     Parameters
     ----------
@@ -299,7 +301,8 @@ class ImportanceFitter(_PosteriorFitter):
     -----
     ``extra`` of the result holds ``weights`` (equal ones after the fallback), ``khat`` (before
     it), ``ess``, and ``log_evidence`` with its standard error.  Pareto-smoothed importance
-    sampling: Vehtari et al. 2024 (JMLR 25, 72).
+    sampling: Vehtari et al. 2024 (JMLR 25, 72); adaptive multiple importance sampling: Cornuet
+    et al. 2012 (Scand. J. Stat. 39, 798).
 
     Examples
     --------
@@ -364,12 +367,12 @@ class ImportanceFitter(_PosteriorFitter):
 class NestedFitter(_PosteriorFitter):
     """Posteriors and evidence by nested sampling with dynesty, one galaxy after the other.
 
-    Slow (minutes a galaxy), and exact where all else is in doubt.  Needs dynesty.
+    Slow (half a minute a galaxy), and exact where all else is in doubt.  Needs dynesty.
 
     Parameters
     ----------
     live : int, optional
-        Live points.
+        Live points; the error of the evidence goes with one over the square root of their number.
     dlogz : float, optional
         Evidence that may be left.
     priors, noise, rng, n_samples, max_iter, max_shift, device, dtype, batch_size

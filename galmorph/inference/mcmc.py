@@ -7,16 +7,27 @@ from, in whose own coordinates y (v = centre + root y) all steps are taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from galmorph.inference.diagnostics import effective_sample_size, pareto_smooth, split_rhat
 
-__all__ = ["Chains", "Density", "Proposal", "Streams", "importance_draws", "sample_chains"]
+__all__ = [
+    "Chains",
+    "Density",
+    "Mixture",
+    "Proposal",
+    "Streams",
+    "adapt_mixture",
+    "climb",
+    "importance_draws",
+    "sample_chains",
+]
 
 _WIDE = torch.float64
 # tails of proposals, as degrees of freedom of a Student t
@@ -28,6 +39,10 @@ _MOST_STEPS = 12
 _EVERY = 16
 # acceptance of independent steps below which they are not worth their cost
 _LEAST_ACCEPTANCE = 0.05
+# effective draws a coordinate that a mixture is fitted to, at least
+_TEMPERED = 6.0
+# steps of expectation maximisation, and the share below which no component falls
+_ROUNDS, _LEAST_SHARE = 4, 0.01
 
 
 class Density(Protocol):
@@ -80,7 +95,7 @@ class Streams:
 
 @dataclass
 class Proposal:
-    """A Student t distribution for each problem.
+    """Where each problem is, and how wide: a frame in which it is nearly round.
 
     Attributes
     ----------
@@ -122,22 +137,94 @@ class Proposal:
         offset = (v - self.centre[rows, None]).transpose(1, 2)
         return torch.linalg.solve_triangular(self.root[rows], offset, upper=False).transpose(1, 2)
 
+
+@dataclass
+class Mixture:
+    """A mixture of Student t distributions for each problem.
+
+    Attributes
+    ----------
+    log_share : tensor, shape (G, K)
+    centre : tensor, shape (G, K, D)
+    root : tensor, shape (G, K, D, D)
+        Lower triangular square roots of the scale matrices.
+    """
+
+    log_share: torch.Tensor
+    centre: torch.Tensor
+    root: torch.Tensor
+
+    @classmethod
+    def of(cls, proposals: Sequence[Proposal], log_share: torch.Tensor | None = None) -> Mixture:
+        """Of one component or more, which share alike if nothing (G, K) is said."""
+        centre = torch.stack([p.centre for p in proposals], 1)
+        root = torch.stack([p.root for p in proposals], 1)
+        if log_share is None:
+            log_share = centre.new_zeros(centre.shape[:2])
+        return cls(torch.log_softmax(log_share, 1), centre, root)
+
+    def joined(self, other: Mixture) -> Mixture:
+        """Half of each."""
+        half = np.log(0.5)
+        return Mixture(
+            torch.cat([self.log_share + half, other.log_share + half], 1),
+            torch.cat([self.centre, other.centre], 1),
+            torch.cat([self.root, other.root], 1),
+        )
+
+    def part(self, rows: torch.Tensor) -> Mixture:
+        """Of some problems."""
+        return Mixture(self.log_share[rows], self.centre[rows], self.root[rows])
+
+    def put(self, rows: torch.Tensor, other: Mixture) -> None:
+        """Take those of some problems from elsewhere."""
+        for name, values in vars(other).items():
+            getattr(self, name)[rows] = values
+
+    def moments(self) -> Proposal:
+        """Mean and covariance of each problem, as one component."""
+        share = torch.exp(self.log_share)
+        mean = torch.einsum("gk,gkd->gd", share, self.centre)
+        offset = self.centre - mean[:, None]
+        cov = torch.einsum("gk,gkij,gklj->gil", share, self.root, self.root)
+        cov = cov + torch.einsum("gk,gki,gkj->gij", share, offset, offset)
+        return Proposal.from_moments(mean, cov)
+
     def draw(self, streams: Streams, rows: torch.Tensor, count: int) -> torch.Tensor:
-        """Whitened draws (g, count, D)."""
-        size = self.centre.shape[1]
+        """Points (g, count, D) of problems ``rows`` (g,)."""
+        device, size = self.centre.device, self.centre.shape[2]
         y = streams.normal(rows, count, size)
         chi = streams.chi_square(rows, _TAILS, count, 1)
-        return (y * torch.sqrt(_TAILS / chi)).to(self.centre.device)
+        y = (y * torch.sqrt(_TAILS / chi)).to(device)
+        if self.centre.shape[1] == 1:
+            return self.centre[rows] + y @ self.root[rows, 0].transpose(1, 2)
+        pick = streams.uniform(rows, count).to(device)
+        edges = torch.exp(self.log_share[rows]).cumsum(1)[:, :-1]
+        which = torch.searchsorted(edges.contiguous(), pick.contiguous())
+        v = torch.empty_like(y)
+        for k in range(self.centre.shape[1]):
+            own = self.centre[rows, k, None] + y @ self.root[rows, k].transpose(1, 2)
+            v = torch.where((which == k)[..., None], own, v)
+        return v
 
-    def log_density(self, y: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Density of `place` at whitened points (g, S, D): (g, S)."""
-        size = y.shape[-1]
-        log_det = torch.diagonal(self.root[rows], dim1=1, dim2=2).log().sum(1)
-        top = torch.lgamma(torch.tensor(0.5 * (_TAILS + size), dtype=_WIDE))
-        top = top - torch.lgamma(torch.tensor(0.5 * _TAILS, dtype=_WIDE))
+    def log_density(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Density (g, S) at points (g, S, D)."""
+        return torch.logsumexp(self._each(v, rows)[0], 2)
+
+    def _each(self, v: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Density of each component with its share, and squares of whitened lengths, (g, S, K)."""
+        size = v.shape[2]
+        top = math.lgamma(0.5 * (_TAILS + size)) - math.lgamma(0.5 * _TAILS)
         norm = top - 0.5 * size * np.log(_TAILS * np.pi)
-        tail = -0.5 * (_TAILS + size) * torch.log1p(y.square().sum(-1) / _TAILS)
-        return norm - log_det[:, None] + tail
+        log_det = torch.diagonal(self.root[rows], dim1=2, dim2=3).log().sum(2)
+        square = []
+        for k in range(self.centre.shape[1]):
+            offset = (v - self.centre[rows, k, None]).transpose(1, 2)
+            y = torch.linalg.solve_triangular(self.root[rows, k], offset, upper=False)
+            square.append(y.square().sum(1))
+        square = torch.stack(square, 2)
+        tail = -0.5 * (_TAILS + size) * torch.log1p(square / _TAILS)
+        return norm + (self.log_share[rows] - log_det)[:, None] + tail, square
 
 
 def _log_prob(target: Density, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -170,13 +257,6 @@ class Weighted:
     ess: np.ndarray
     log_prob: torch.Tensor
 
-    def rows(self, index: torch.Tensor) -> Weighted:
-        """Those of some problems."""
-        at = index.cpu().numpy()
-        return Weighted(
-            **{k: v[index if isinstance(v, torch.Tensor) else at] for k, v in vars(self).items()}
-        )
-
     def put(self, index: torch.Tensor, other: Weighted) -> None:
         """Take those of some problems from elsewhere, where they are worth more."""
         better = other.khat < self.khat[index.cpu().numpy()]
@@ -190,14 +270,19 @@ class Weighted:
 
 
 def importance_draws(
-    target: Density, proposal: Proposal, rows: torch.Tensor, count: int, streams: Streams
+    target: Density,
+    proposal: Mixture | Proposal,
+    rows: torch.Tensor,
+    count: int,
+    streams: Streams,
 ) -> Weighted:
     """Draws from proposals, weighted by the target.
 
     Parameters
     ----------
     target : Density
-    proposal : Proposal
+    proposal : Mixture or Proposal
+        A `Proposal` is one Student t distribution.
     rows : tensor of int, shape (g,)
         Problems.
     count : int
@@ -207,10 +292,10 @@ def importance_draws(
     -------
     Weighted
     """
-    y = proposal.draw(streams, rows, count)
-    v = proposal.place(y, rows)
+    mixture = Mixture.of([proposal]) if isinstance(proposal, Proposal) else proposal
+    v = mixture.draw(streams, rows, count)
     log_prob = _log_prob(target, v, rows)
-    ratio = (log_prob - proposal.log_density(y, rows)).cpu().numpy()
+    ratio = (log_prob - mixture.log_density(v, rows)).cpu().numpy()
     smooth, khat = pareto_smooth(ratio)
     usable = np.isfinite(smooth).any(1)
     square = np.logaddexp.reduce(np.where(usable[:, None], 2 * smooth, 0.0), axis=1).clip(-700)
@@ -231,23 +316,138 @@ def importance_draws(
     )
 
 
-def refine_proposal(proposal: Proposal, rows: torch.Tensor, drawn: Weighted) -> None:
-    """Move proposals to the moments of weighted draws, as far as these can be trusted."""
-    size = drawn.v.shape[2]
-    weight = torch.exp(drawn.log_weight)
-    weight = torch.where(torch.isfinite(weight), weight, 0.0)
-    ess = torch.as_tensor(drawn.ess).to(weight)
-    mean = torch.einsum("gs,gsd->gd", weight, drawn.v)
-    offset = drawn.v - mean[:, None]
-    cov = (offset * weight[..., None]).transpose(1, 2) @ offset
-    old = proposal.root[rows] @ proposal.root[rows].transpose(1, 2)
-    # as many draws as coordinates say nothing of a covariance
-    trust = (ess / (ess + 2.0 * size))[:, None]
-    centre = trust * mean + (1 - trust) * proposal.centre[rows]
-    new = Proposal.from_moments(centre, trust[..., None] * cov + (1 - trust)[..., None] * old)
-    good = torch.isfinite(new.root).all(2).all(1) & torch.isfinite(centre).all(1)
-    proposal.centre[rows[good]] = new.centre[good]
-    proposal.root[rows[good]] = new.root[good]
+def adapt_mixture(
+    target: Density,
+    mixture: Mixture,
+    rows: torch.Tensor,
+    counts: Sequence[int],
+    streams: Streams,
+) -> None:
+    """Fit mixtures to the target by rounds of weighted draws, in place.
+
+    Parameters
+    ----------
+    target : Density
+    mixture : Mixture
+    rows : tensor of int, shape (g,)
+        Problems.
+    counts : sequence of int
+        Draws of each round.
+    streams : Streams
+
+    Notes
+    -----
+    Adaptive multiple importance sampling (Cornuet et al. 2012, Scand. J. Stat. 39, 798): draws
+    of all rounds are kept, and weighted as draws from the mixture of all proposals.  Weights that
+    few draws dominate are tempered (Koblents & Miguez 2015, Stat. Comput. 25, 407), and the
+    mixture is fitted by expectation maximisation (Cappe et al. 2008, Stat. Comput. 18, 447).
+    """
+    past: list[tuple[Mixture, float]] = []
+    v = log_prob = density = None
+    every = torch.arange(len(rows), device=rows.device)
+    for count in counts:
+        now = mixture.part(rows)
+        new = now.draw(streams.part(rows.tolist()), every, count)
+        new_log = _log_prob(target, new, rows)
+        past.append((now, math.log(count)))
+        # of each draw, by all proposals there were, as often as they were drawn from
+        of_new = [m.log_density(new, every) + share for m, share in past]
+        of_new = torch.logsumexp(torch.stack(of_new), 0)
+        if v is None:
+            v, log_prob, density = new, new_log, of_new
+        else:
+            of_old = now.log_density(v, every) + math.log(count)
+            density = torch.cat([torch.logaddexp(density, of_old), of_new], 1)
+            v, log_prob = torch.cat([v, new], 1), torch.cat([log_prob, new_log], 1)
+        share = _tempered(log_prob - density, _TEMPERED * v.shape[2])
+        mixture.put(rows, _fitted(now, v, share))
+
+
+def _tempered(ratio: torch.Tensor, least: float) -> torch.Tensor:
+    """Weights (g, S) of sum 1, with as much of their contrast as leaves enough draws."""
+    ratio = torch.nan_to_num(ratio, nan=-torch.inf, posinf=-torch.inf)
+    ratio = ratio - ratio.max(1, keepdim=True).values.nan_to_num(neginf=0.0)
+    least = min(least, 0.25 * ratio.shape[1])
+    share = torch.zeros_like(ratio)
+    left = torch.ones(len(ratio), dtype=torch.bool, device=ratio.device)
+    for power in 0.75 ** torch.arange(20):
+        raised = torch.exp(float(power) * ratio)
+        own = raised / raised.sum(1, keepdim=True).clamp_min(1e-300)
+        share[left] = own[left]
+        left = left & (own.square().sum(1) * least > 1.0)
+        if not left.any():
+            break
+    return share
+
+
+def _fitted(mixture: Mixture, v: torch.Tensor, weight: torch.Tensor) -> Mixture:
+    """A mixture that follows weighted draws (g, S, D), as far as these say something."""
+    size, every = v.shape[2], torch.arange(len(v), device=v.device)
+    cov_old = mixture.root @ mixture.root.transpose(2, 3)
+    found = mixture
+    for _ in range(_ROUNDS):
+        each, square = found._each(v, every)
+        part = torch.softmax(each, 2) * weight[..., None]
+        pull = part * (_TAILS + size) / (_TAILS + square)
+        total = part.sum(1).clamp_min(1e-300)
+        ess = total.square() / part.square().sum(1).clamp_min(1e-300)
+        mass = pull.sum(1).clamp_min(1e-300)
+        # as many draws as coordinates say nothing of a covariance
+        trust = (torch.where(total > 1e-6, ess, 0.0) / (ess + 2.0 * size))[..., None]
+        mean = torch.einsum("gsk,gsd->gkd", pull, v) / mass[..., None]
+        centre = trust * mean + (1 - trust) * mixture.centre
+        cov = torch.empty_like(cov_old)
+        for k in range(centre.shape[1]):
+            offset = v - mean[:, k, None]
+            cov[:, k] = (offset * pull[:, :, k, None]).transpose(1, 2) @ offset
+        cov = cov / total[..., None, None]
+        cov = trust[..., None] * cov + (1 - trust[..., None]) * cov_old
+        flat = Proposal.from_moments(centre.flatten(0, 1), cov.flatten(0, 1))
+        share = torch.log(total.clamp_min(_LEAST_SHARE))
+        new = Mixture(torch.log_softmax(share, 1), centre, flat.root.view_as(mixture.root))
+        good = torch.isfinite(new.root).all(3).all(2).all(1) & torch.isfinite(centre).all(2).all(1)
+        kept = Mixture(found.log_share.clone(), found.centre.clone(), found.root.clone())
+        rows = torch.nonzero(good)[:, 0]
+        kept.put(rows, new.part(rows))
+        found = kept
+    return found
+
+
+def climb(
+    target: Any, v: torch.Tensor, *, inside: Callable = lambda v: v, steps: int = 15
+) -> torch.Tensor:
+    """Modes near points (G, D), one of each problem (Levenberg-Marquardt).
+
+    Parameters
+    ----------
+    target : Density
+        With ``curvature(v)``, positive definite (G, D, D).
+    v : tensor, shape (G, D)
+    inside : callable, optional
+        Moves points (G, D) to where there is density.
+    steps : int, optional
+
+    Returns
+    -------
+    tensor, shape (G, D)
+    """
+    rows = torch.arange(len(v), device=v.device)
+    v = inside(v)
+    value, slope = target.log_prob_and_slope(v, rows)
+    damping = torch.full_like(value, 1e-2)
+    for _ in range(steps):
+        hessian = target.curvature(v)
+        extra = damping[:, None] * torch.diagonal(hessian, dim1=1, dim2=2)
+        factor, info = torch.linalg.cholesky_ex(hessian + torch.diag_embed(extra))
+        step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+        trial = inside(v + torch.where((info == 0)[:, None], step.nan_to_num(), 0.0))
+        new, new_slope = target.log_prob_and_slope(trial, rows)
+        better = new > value
+        v = torch.where(better[:, None], trial, v)
+        slope = torch.where(better[:, None], new_slope, slope)
+        value = torch.where(better, new, value)
+        damping = torch.where(better, 0.2 * damping, 5.0 * damping).clamp(1e-7, 1e7)
+    return v
 
 
 def resample(drawn: Weighted, rows: torch.Tensor, count: int, streams: Streams) -> torch.Tensor:
@@ -281,11 +481,28 @@ class Chains:
     acceptance: np.ndarray
 
 
+@dataclass
+class _Ahead:
+    """Steps to come of some problems, which do not depend on where their chains are.
+
+    What is drawn for T steps of C chains is evaluated at once: v (g, T, C, D); log_prob, proposed
+    and pick (g, T, C).
+    """
+
+    some: torch.Tensor
+    v: torch.Tensor
+    log_prob: torch.Tensor
+    proposed: torch.Tensor
+    own: torch.Tensor
+    pick: torch.Tensor
+
+
 class _Walkers:
     """Chains of some problems, where they stand, and how they step."""
 
-    def __init__(self, target, proposal, rows, start, streams):
+    def __init__(self, target, proposal, mixture, rows, start, streams):
         self.target, self.proposal, self.rows, self.streams = target, proposal, rows, streams
+        self.mixture, self.ahead = mixture, None
         self.v = start.clone()
         self.log_prob = _log_prob(target, start, rows)
         g = len(rows)
@@ -295,30 +512,38 @@ class _Walkers:
         self.independent = torch.full((g,), 0.5, dtype=_WIDE)
         self.accepted = torch.full((g,), 0.8, dtype=_WIDE)
 
-    def _take(self, take, v, log_prob, slope=None):
-        self.v = torch.where(take[..., None], v, self.v)
-        self.log_prob = torch.where(take, log_prob, self.log_prob)
-        if slope is None:
-            self.stale |= take
-        else:
-            self.slope = torch.where(take[..., None], slope, self.slope)
+    def prepare(self, count: int) -> None:
+        """Draw ``count`` steps that do not depend on where the chains are, and their densities.
 
-    def jump(self, some: torch.Tensor) -> None:
-        """A step that does not depend on where the chains ``some`` are (Metropolis-Hastings)."""
+        Only of problems whose chains take such steps often enough.
+        """
+        some = torch.nonzero(self.independent > _LEAST_ACCEPTANCE)[:, 0]
         rows, chains = self.rows[some], self.v.shape[1]
-        y = self.proposal.draw(self.streams, rows, chains)
-        v = self.proposal.place(y, rows)
-        log_prob = _log_prob(self.target, v, rows)
-        old = self.proposal.log_density(self.proposal.whiten(self.v[some], rows), rows)
-        new = self.proposal.log_density(y, rows)
-        ratio = log_prob - self.log_prob[some] + old - new
+        v = self.mixture.draw(self.streams, rows, count * chains) if len(some) else None
+        self.ahead = None
+        if v is None:
+            return
+        shape = (len(some), count, chains)
+        self.ahead = _Ahead(
+            some=some,
+            v=v.unflatten(1, (count, chains)),
+            log_prob=_log_prob(self.target, v, rows).view(shape),
+            proposed=self.mixture.log_density(v, rows).view(shape),
+            own=self.mixture.log_density(self.v[some], rows),
+            pick=self.streams.uniform(rows, count, chains).to(v),
+        )
+
+    def jump(self, turn: int) -> None:
+        """Take one of the steps that were prepared (Metropolis-Hastings)."""
+        ahead = self.ahead
+        some, log_prob, proposed = ahead.some, ahead.log_prob[:, turn], ahead.proposed[:, turn]
+        ratio = log_prob - self.log_prob[some] + ahead.own - proposed
         chance = torch.exp(torch.nan_to_num(ratio, nan=-torch.inf).clamp_max(0.0))
-        take = self.streams.uniform(rows, chains).to(chance) < chance
-        full = torch.zeros_like(self.stale)
-        full[some] = take
-        all_v, all_log = self.v.clone(), self.log_prob.clone()
-        all_v[some], all_log[some] = v, log_prob
-        self._take(full, all_v, all_log)
+        take = ahead.pick[:, turn] < chance
+        ahead.own = torch.where(take, proposed, ahead.own)
+        self.v[some] = torch.where(take[..., None], ahead.v[:, turn], self.v[some])
+        self.log_prob[some] = torch.where(take, log_prob, self.log_prob[some])
+        self.stale[some] |= take
         self.independent[some] = 0.8 * self.independent[some] + 0.2 * chance.mean(1).cpu()
 
     def _slopes(self, v: torch.Tensor, pick: torch.Tensor) -> torch.Tensor:
@@ -367,29 +592,31 @@ class _Walkers:
         ratio = torch.nan_to_num(log_prob - self.log_prob + change, nan=-torch.inf)
         chance = torch.exp(ratio.clamp_max(0.0))
         take = self.streams.uniform(rows, chains).to(chance) < chance
-        self._take(take, v, log_prob, slope.view(g, chains, size))
+        self.v = torch.where(take[..., None], v, self.v)
+        self.log_prob = torch.where(take, log_prob, self.log_prob)
+        self.slope = torch.where(take[..., None], slope.view(g, chains, size), self.slope)
         mean = chance.mean(1).cpu()
         self.accepted = 0.9 * self.accepted + 0.1 * mean
         if adapt:
             self.step = (self.step * torch.exp(0.6 * (mean - _ACCEPTANCE))).clamp(0.02, 1.6)
 
     def advance(self, turn: int, *, adapt: bool) -> None:
-        """One step of every chain."""
-        good = self.independent > _LEAST_ACCEPTANCE
-        # what is not worth a jump glides; all glide now and then
-        if turn % _EVERY == 0 or (adapt and turn % 2) or not good.any():
+        """One step of every chain: what is not worth a jump glides, and all glide now and then."""
+        cycle = 2 if adapt else _EVERY
+        if turn % cycle == 0:
             self.glide(adapt=adapt)
+            self.prepare(cycle - 1)
             return
-        if good.all():
-            self.jump(torch.arange(len(self.rows)))
-            return
-        jumping = torch.nonzero(good)[:, 0]
-        gliding = torch.nonzero(~good)[:, 0]
-        self.jump(jumping)
-        part = self.part(gliding)
-        part.glide(adapt=adapt)
-        for name in _Walkers._STATE:
-            getattr(self, name)[gliding] = getattr(part, name)
+        staying = torch.ones(len(self.rows), dtype=torch.bool)
+        if self.ahead is not None:
+            self.jump(turn % cycle - 1)
+            staying[self.ahead.some.cpu()] = False
+        gliding = torch.nonzero(staying)[:, 0]
+        if len(gliding):
+            part = self.part(gliding)
+            part.glide(adapt=adapt)
+            for name in _Walkers._STATE:
+                getattr(self, name)[gliding] = getattr(part, name)
 
     _STATE = ("v", "log_prob", "slope", "stale", "step", "independent", "accepted")
 
@@ -397,6 +624,7 @@ class _Walkers:
         """The walkers of some problems."""
         other = object.__new__(_Walkers)
         other.target, other.proposal, other.streams = self.target, self.proposal, self.streams
+        other.mixture, other.ahead = self.mixture, None
         other.rows = self.rows[index]
         for name in _Walkers._STATE:
             setattr(other, name, getattr(self, name)[index].clone())
@@ -409,6 +637,7 @@ def sample_chains(
     start: torch.Tensor,
     streams: Streams,
     *,
+    mixture: Mixture | None = None,
     draws: int = 500,
     warm_up: int = 20,
     blocks: int = 5,
@@ -426,6 +655,9 @@ def sample_chains(
         Changed in place where the chains show a better one.
     start : tensor, shape (G, C, D)
     streams : Streams
+    mixture : Mixture, optional
+        Where steps lead that do not depend on where a chain is; by default one Student t
+        distribution, of ``proposal``.
     draws : int, optional
         Steps that are kept of each chain.
     warm_up : int, optional
@@ -450,7 +682,8 @@ def sample_chains(
     kept_log = start.new_full((g, chains, draws), torch.nan)
     worst, least = np.full(g, np.inf), np.zeros(g)
     acceptance = np.zeros(g)
-    walkers = _Walkers(target, proposal, every, start, streams)
+    mixture = Mixture.of([proposal]) if mixture is None else mixture
+    walkers = _Walkers(target, proposal, mixture, every, start, streams)
     usable = torch.isfinite(walkers.log_prob).any(1)
     # a chain that starts where there is no density starts beside one that does not
     best = walkers.log_prob.argmax(1)
@@ -488,6 +721,8 @@ def sample_chains(
             break
         _learn(proposal, here[left.to(here.device)], kept[here[left.to(here.device)]])
         walkers = walkers.part(left)
+        walkers.mixture = mixture.joined(Mixture.of([proposal]))
+        walkers.independent[:] = 0.5
         walkers.stale[:] = True
         for turn in range(warm_up):
             walkers.advance(turn, adapt=True)
