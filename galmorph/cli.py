@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galmorph import _cli_calibrate, _cli_train, _cli_weights
+from galmorph import _cli_calibrate, _cli_generate, _cli_train, _cli_weights
 
 __all__ = ["main"]
 
@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     _cli_train.add_parser(commands)
     _cli_weights.add_parser(commands)
     _cli_calibrate.add_parser(commands)
+    _cli_generate.add_parser(commands)
     return parser
 
 
@@ -316,6 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": _cli_train.run,
         "weights": _cli_weights.run,
         "calibrate": _cli_calibrate.run,
+        "generate": _cli_generate.run,
     }
     command = run[args.command]
     with _short_warnings():

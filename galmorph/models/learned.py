@@ -175,23 +175,60 @@ class LearnedGalaxy2D(GalaxyModel):
         """Distribution of the latents, with ``log_prob`` and ``sample``, numpy in and out."""
         return self._shape.prior
 
-    def sample(self, n: int, rng: np.random.Generator | int | None = None) -> np.ndarray:
-        """Parameters of galaxies with the shapes that the prior draws.
+    def sample(
+        self,
+        n: int,
+        rng: np.random.Generator | int | None = None,
+        *,
+        population: Any = None,
+        classes: Any = None,
+        condition: Any = None,
+    ) -> np.ndarray:
+        """Parameters of galaxies with shapes drawn from a prior or a population.
 
         Parameters
         ----------
         n : int
         rng : `numpy.random.Generator` or int, optional
+        population : str or object, optional
+            Shapes of real galaxies in place of the prior of the network: ``"default"`` or another
+            name of a `galmorph.nets.flow.Population`, or any object with ``sample(n, rng)`` that
+            gives latents (n, d).
+        classes : object, optional
+            Handed to ``population.sample(n, rng, classes=classes)``.
+        condition : object, optional
+            Handed to ``population.sample(n, condition, rng)``.
 
         Returns
         -------
         array, shape (n, P)
             Flux, centre, size and angle are the model's own.  For `render`.
+
+        Raises
+        ------
+        ValueError
+            If classes or a condition are given without a population, or its latents are of
+            another number.
         """
+        if population is None and (classes is not None or condition is not None):
+            raise ValueError("classes and condition need a population")
+        if population is None:
+            population = self._shape.prior
+        elif isinstance(population, str):
+            from galmorph.nets.flow import Population
+
+            population = Population.from_pretrained(population)
+        chosen = {} if classes is None else {"classes": classes}
+        first = (n, rng) if condition is None else (n, condition, rng)
+        latents = np.asarray(population.sample(*first, **chosen))
+        if latents.shape != (n, self._shape.latent_dim):
+            raise ValueError(
+                f"the population gives {latents.shape}, not {(n, self._shape.latent_dim)}"
+            )
         params = np.empty((n, len(self._names)))
         for i, name in enumerate(_GEOMETRY):
             params[:, i] = np.ravel(getattr(self, name).value)[0]
-        params[:, len(_GEOMETRY) :] = self._shape.prior.sample(n, rng)
+        params[:, len(_GEOMETRY) :] = latents
         return params
 
     # -- units -------------------------------------------------------------------------
