@@ -64,12 +64,15 @@ _MODULES = {
     "calibration",
     "classification",
     "comparison",
+    "conditional",
     "derived",
     "detection",
     "latents",
     "noise",
     "plot",
     "sdss",
+    "simulate",
+    "synthetic",
 }
 
 

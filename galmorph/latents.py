@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Latents", "Morphology", "NetworkLatents", "measure_latents", "nearest"]
 
 _KIND = "morphology"
+# Stamps are seen so many at a time, always: sums in single precision depend on the size of a batch.
+_BLOCK = 32
 _FILE = Path(__file__).parent / "pretrained" / "morphology.encoder"
 
 
@@ -175,23 +177,34 @@ class Morphology:
 
     def posterior(self, batch: StampBatch) -> tuple[np.ndarray, np.ndarray]:
         """Means (B, d) and covariances (B, d, d) of stamps; NaN where nothing is seen."""
+        psf = batch.psf[0] if isinstance(batch.psf, list) and batch.psf else batch.psf
+        fwhm = None if psf is None or isinstance(psf, list) else 2.3548 * psf.sigma
+        data, weight = _in_noise(batch.data, batch.inv_sigma)
+        parts = [
+            self._block(data[rows], weight[rows], batch.position[rows], fwhm)
+            for rows in (slice(i, i + _BLOCK) for i in range(0, len(data), _BLOCK))
+        ]
+        mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return mean, np.square(std)[:, :, None] * np.eye(self.latent_dim)
+
+    def _block(self, data, weight, position, fwhm) -> tuple[np.ndarray, np.ndarray]:
+        """Means and standard deviations (b, d), by arithmetic that does not depend on b."""
         import torch
 
         from galmorph.nets.morphology import look
 
-        psf = batch.psf[0] if isinstance(batch.psf, list) and batch.psf else batch.psf
-        fwhm = None if psf is None or isinstance(psf, list) else 2.3548 * psf.sigma
+        count = len(data)
         data, weight, position = (
-            torch.as_tensor(a, dtype=torch.float32)
-            for a in (*_in_noise(batch.data, batch.inv_sigma), batch.position)
+            torch.as_tensor(np.pad(a, [(0, _BLOCK - count)] + [(0, 0)] * (a.ndim - 1), "edge"))
+            for a in (data, weight, position)
         )
         with torch.no_grad():
-            view = look(data, weight, position=position, fwhm=fwhm)
+            view = look(data.float(), weight.float(), position=position.float(), fwhm=fwhm)
             mean, std = self.network(view.image, view.scalars)
-        bad = ~view.good.numpy()
-        mean, cov = mean.double().numpy(), np.square(std.double().numpy())
-        mean[bad], cov[bad] = np.nan, np.nan
-        return mean, cov[:, :, None] * np.eye(self.latent_dim)
+        found = [a.double().numpy()[:count] for a in (mean, std)]
+        for a in found:
+            a[~view.good.numpy()[:count]] = np.nan
+        return found[0], found[1]
 
 
 class NetworkLatents:

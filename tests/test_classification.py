@@ -77,10 +77,10 @@ def test_a_galaxy_does_not_depend_on_its_neighbours(stamps):
     alone = np.concatenate(
         [classifier.predict_proba(stamps[i : i + 1], uncertainty=1.0) for i in range(10)]
     )
-    assert np.allclose(together[:10], alone, atol=1e-6)
+    assert np.allclose(together[:10], alone, atol=1e-9)
     assert np.allclose(together.sum(1), 1)
     small = classifier.predict_proba(stamps, uncertainty=1.0, batch_size=7)
-    assert np.allclose(together, small, atol=1e-6)
+    assert np.allclose(together, small, atol=1e-9)
 
 
 def test_turns_mirrors_and_brightness_do_not_matter(stamps):
