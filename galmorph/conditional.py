@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -13,6 +12,7 @@ import numpy as np
 from astropy import units as u
 from numpy.typing import ArrayLike
 
+from galmorph._tensorfile import read_arrays, write_arrays
 from galmorph.simulate import _arcsec, _each, scaling
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ __all__ = [
     "redshift_posterior",
 ]
 
-_FORMAT = "galmorph conditional prior"
+_KIND = "conditional prior"
 _FOLDER = Path(__file__).parent / "pretrained"
 _SUFFIX = ".conditional"
 #: Numbers of galaxies, beside latents, that features may be.
@@ -416,22 +416,20 @@ class ConditionalPrior:
         half : bool, optional
             Keep the networks in 16 bits.
         """
-        import torch
-        from safetensors.torch import save_file
-
         self._require_fit()
-        tensors = {f"flow.{k}": v.contiguous() for k, v in self._flow.state_dict().items()}
-        if half:
-            tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-        tensors |= {f"scale.{k}": torch.as_tensor(v) for k, v in self._scale.items()}
+        arrays = {
+            f"flow.{k}": (v.half() if half and v.is_floating_point() else v).numpy()
+            for k, v in self._flow.state_dict().items()
+        }
+        arrays |= {f"scale.{k}": np.asarray(v) for k, v in self._scale.items()}
         about = {
             "features": self.features,
             "conditions": self.conditions,
             "cosmology": self.cosmology.name,
             **self._options,
         }
-        header = {"config": json.dumps(about), "metadata": json.dumps(self.metadata)}
-        save_file(tensors, path, metadata={"format": _FORMAT} | header)
+        header = {"config": about, "metadata": self.metadata}
+        write_arrays(path, arrays, kind=_KIND, header=header)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> ConditionalPrior:
@@ -447,33 +445,25 @@ class ConditionalPrior:
 
         Raises
         ------
-        ValueError
-            If it is another file, or damaged.
+        FileNotFoundError, ValueError
+            If there is no such file, or it is another one, or damaged.
         """
         import torch
-        from safetensors import SafetensorError, safe_open
 
         from galmorph.nets.conditional import ConditionalFlow
 
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{os.fspath(path)} is damaged: {error}") from None
-        if header.get("format") != _FORMAT:
-            raise ValueError(f"{os.fspath(path)} holds no conditional prior")
-        prior = cls(**json.loads(header["config"]))
+        arrays, header = read_arrays(path, kind=_KIND)
+        prior = cls(**header["config"])
         with torch.random.fork_rng(devices=[]):
             flow = ConditionalFlow(prior._sizes, len(prior.conditions), **prior._options)
         parts: dict[str, dict] = {"flow": {}, "scale": {}}
-        for key, tensor in tensors.items():
+        for key, array in arrays.items():
             part, name = key.split(".", 1)
-            parts[part][name] = tensor
-        flow.load_state_dict(parts["flow"])
+            parts[part][name] = array
+        flow.load_state_dict({name: torch.as_tensor(a) for name, a in parts["flow"].items()})
         prior._flow = flow.eval().requires_grad_(False)
-        prior._scale = {k: v.numpy() for k, v in parts["scale"].items()}
-        prior.metadata = json.loads(header["metadata"])
+        prior._scale = parts["scale"]
+        prior.metadata = header["metadata"]
         return prior
 
     @staticmethod

@@ -129,7 +129,7 @@ def test_files(tmp_path, rng, kind):
     assert_allclose(again.log_prob(mean), population.log_prob(mean), rtol=1e-6)
     assert_allclose(again.sample(5, rng=3), population.sample(5, rng=3))
     (tmp_path / "b.population").write_bytes(b"nothing")
-    with pytest.raises(WeightsError, match="damaged"):
+    with pytest.raises(ValueError, match="damaged"):
         Population.read(tmp_path / "b.population")
 
 

@@ -13,7 +13,6 @@ importance sampling from the posteriors.
 
 from __future__ import annotations
 
-import json
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, Distribution, TransformedDistribution
 
+from galmorph._tensorfile import read_arrays, write_arrays
+
 from .learned import LatentPrior
 from .priors import GaussianMixture
 from .weights import WeightsError
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FlowPrior", "Population", "fit_flow", "fit_mixture"]
 
-FORMAT = "galmorph population"
+KIND = "population"
 # how much farther from the mean of the prior a likelihood may lie than its posterior
 _STRETCH = 4.0
 _FOLDER = Path(__file__).resolve().parent.parent / "pretrained"
@@ -224,17 +225,14 @@ class Population(LatentPrior):
         half : bool, optional
             Keep it in 16 bits.
         """
-        from safetensors.torch import save_file
-
         kind = "flow" if isinstance(self._module, FlowPrior) else "mixture"
         config = self._module.config if kind == "flow" else _shape_of(self._module)
-        tensors = {
-            k: v.half() if half and v.is_floating_point() else v
+        arrays = {
+            k: (v.half() if half and v.is_floating_point() else v).numpy()
             for k, v in self._module.state_dict().items()
         }
-        header = {"format": FORMAT, "kind": kind}
-        header |= {"config": json.dumps(config), "metadata": json.dumps(self.metadata)}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=header)
+        header = {"kind": kind, "config": config, "metadata": self.metadata}
+        write_arrays(path, arrays, kind=KIND, header=header)
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> Population:
@@ -250,24 +248,15 @@ class Population(LatentPrior):
 
         Raises
         ------
-        WeightsError
-            If it is another file, or damaged.
+        FileNotFoundError, ValueError
+            If there is no such file, or it is another one, or damaged.
         """
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise WeightsError(f"{path} is damaged: {error}") from None
-        if header.get("format") != FORMAT:
-            raise WeightsError(f"{path} holds no population")
+        arrays, header = read_arrays(path, kind=KIND)
         _, build = _KINDS[header["kind"]]
         with torch.random.fork_rng(devices=[]):
-            module = build(**json.loads(header["config"]))
-        module.load_state_dict(tensors)
-        return cls(module, json.loads(header["metadata"]))
+            module = build(**header["config"])
+        module.load_state_dict({name: torch.as_tensor(a) for name, a in arrays.items()})
+        return cls(module, header["metadata"])
 
     @staticmethod
     @lru_cache(maxsize=4)
