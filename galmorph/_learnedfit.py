@@ -441,19 +441,27 @@ def _bounds(problem, start, shape, middle, rows) -> tuple[torch.Tensor, torch.Te
     return lower, upper
 
 
-def _summarise(problem: _LearnedProblem, result: LeastSquaresResult) -> BatchResult:
-    """Parameters and covariance in the units of the data."""
-    u, scale = result.u, problem.scale
+def to_params(
+    problem: _LearnedProblem, u: torch.Tensor, amplitude: torch.Tensor, scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parameters (B, P) in the units of the data, and their derivatives (B, P, U + solved).
+
+    Parameters
+    ----------
+    problem : _LearnedProblem
+    u : tensor, shape (B, U)
+        Coordinates.
+    amplitude, scale : tensor, shape (B,)
+        Flux of the Sérsic profile where it is solved for, and the unit that it is in.
+    """
     end = 4 + problem.d
     z = u[:, 4:end]
     _, _, light, radius = profile_of(problem.wide, z)
     by_z = log_slopes(problem.wide, z)
     r_50 = torch.exp(u[:, 2]) * (1.0 if problem.exact_size else radius)
-    flux = u[:, end] * scale if problem.walks_flux else result.linear[:, 0] * scale * light
+    flux = u[:, end] * scale if problem.walks_flux else amplitude * scale * light
     params = torch.cat([flux[:, None], u[:, :2], r_50[:, None], u[:, 3:end]], 1)
-    inverse, bad = _covariance(problem, result)
-    size, count = inverse.shape[1], result.linear.shape[1] - 1
-    jacobian = u.new_zeros((len(u), params.shape[1] + count, size))
+    jacobian = u.new_zeros((len(u), params.shape[1], end + 1))
     if problem.walks_flux:
         jacobian[:, 0, end] = scale
     else:
@@ -465,11 +473,21 @@ def _summarise(problem: _LearnedProblem, result: LeastSquaresResult) -> BatchRes
         jacobian[:, 3, 4:end] = r_50[:, None] * by_z[:, 3]
     for i in range(end - 3):
         jacobian[:, 4 + i, 3 + i] = 1.0
-    split = params.shape[1]
-    for i in range(count):
-        jacobian[:, split + i, end + 1 + i] = scale
-    cov = jacobian @ inverse @ jacobian.transpose(1, 2)
     params[:, 4] = full_turn(params[:, 4])
+    return params, jacobian
+
+
+def _summarise(problem: _LearnedProblem, result: LeastSquaresResult) -> BatchResult:
+    """Parameters and covariance in the units of the data."""
+    u, scale = result.u, problem.scale
+    params, own = to_params(problem, u, result.linear[:, 0], scale)
+    inverse, bad = _covariance(problem, result)
+    split, count = params.shape[1], result.linear.shape[1] - 1
+    jacobian = u.new_zeros((len(u), split + count, inverse.shape[1]))
+    jacobian[:, :split, : own.shape[2]] = own
+    for i in range(count):
+        jacobian[:, split + i, own.shape[2] + i] = scale
+    cov = jacobian @ inverse @ jacobian.transpose(1, 2)
     out = {
         "params": params,
         "cov": cov[:, :split, :split],

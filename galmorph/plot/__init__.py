@@ -28,6 +28,7 @@ from .latents import latents_tsne, posterior_draws, reconstructions, traversal
 from .model_comparison import evidence_differences, misfit, model_probabilities
 from .panels import fit
 from .profile import radial_profile
+from .scene import scene
 from .sheet import contact_sheet
 from .training import loss_curves
 
@@ -53,6 +54,7 @@ __all__ = [
     "radial_profile",
     "rank_histograms",
     "reconstructions",
+    "scene",
     "traversal",
     "votes",
 ]

@@ -1,0 +1,706 @@
+"""The bookkeeping of scenes: what the user gave, which sources are fitted together, and in turns.
+
+Sources whose light overlaps are one group and are fitted jointly.  Groups are fitted with the
+models of all others taken away, again until that makes no difference (block coordinate descent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy.spatial import cKDTree
+from scipy.special import gammaincinv, gammaln
+
+from galmorph import _inputs
+from galmorph._stamps import _is_list_of_images, _is_saturated, _segments, make_source
+from galmorph.flags import FitFlag
+from galmorph.psf import PSF
+
+__all__ = ["Scene", "Source", "read_scenes", "solve_scenes"]
+
+#: Sides of the boxes of groups: few, so that batches are of one shape.
+_SIDES = np.array([32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 400, 512])
+#: A scene is fitted as it is if it has no more pixels along a side, and few sources.
+_WHOLE = 200
+#: Stamps on which sources are first looked at.
+_FIRST_STAMPS = (61, 121, 241)
+#: By how much the flux may grow when a larger stamp is looked at.
+_GROWTH = 2.0
+#: Brightness, in sigma of a pixel, at which sources touch, and at which they end.
+_TOUCH, _END = 1.0, 0.5
+_LEAST_RADIUS, _LARGEST_RADIUS = 6.0, 100.0
+#: The same in half-light radii.
+_FARTHEST = 6.0
+#: Largest index of a first guess that is believed so far out.
+_STEEPEST = 2.0
+#: Rounds over the groups, and the change of what others leave, in sigma, that ends them.
+_ROUNDS, _SETTLED = 5, 0.3
+#: How often noise that depends on the model is found anew, and the change of fluxes, in sigma,
+#: that ends this.
+_REWEIGHTINGS, _SAME = 3, 0.1
+
+
+@dataclass
+class Source:
+    """One source of a scene: what is known of it before and after the fit."""
+
+    flags: int = 0
+    group: int = -1
+    guess: np.ndarray | None = None
+    params: np.ndarray | None = None
+    box: tuple[slice, slice] | None = None
+    image: np.ndarray | None = None  # within the box
+    background: np.ndarray | None = None
+    chi2: float = np.nan
+    dof: int = 0
+    n_iter: int = 0
+
+
+@dataclass
+class Group:
+    """Sources that are fitted together, and what is known of all of them."""
+
+    members: np.ndarray
+    origin: tuple[int, int]  # (y, x) of the box, which may reach beyond the image
+    shape: tuple[int, int]
+    cov: np.ndarray | None = None
+    seen: np.ndarray | None = None  # light of other groups, as it was taken away
+    known: _Known | None = None
+
+    @property
+    def box(self) -> tuple[slice, slice]:
+        """The box as slices; they may begin below zero."""
+        return tuple(slice(o, o + n) for o, n in zip(self.origin, self.shape, strict=True))
+
+
+@dataclass
+class Scene:
+    """One image with its sources."""
+
+    data: np.ndarray
+    inv_sigma: np.ndarray
+    psf: PSF | None
+    flags: int
+    wcs: Any
+    unit: Any
+    name: str
+    xy: np.ndarray
+    ids: np.ndarray
+    spread: np.ndarray
+    models: list[Any]
+    sources: list[Source] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.data.shape
+
+
+# -- what the user gave ----------------------------------------------------------------------
+
+
+def read_scenes(
+    image: Any,
+    sources: Any,
+    *,
+    models: Any,
+    uncertainty: Any,
+    mask: Any,
+    psf: Any,
+    position_prior: Any,
+) -> tuple[list[Scene], bool]:
+    """Scenes of the arguments of `galmorph.deblend`, and whether it was one image."""
+    stamps = make_source(image, uncertainty=uncertainty, mask=mask, psf=psf)
+    single = len(stamps) == 1 and not _is_stack(image)
+    each = [sources] if single else _one_each(sources, len(stamps), "sources")
+    scenes = []
+    for i in range(len(stamps)):
+        batch = stamps.get([i])
+        wcs = stamps.wcs[i] if isinstance(stamps.wcs, list) else stamps.wcs
+        data, inv_sigma = batch.data[0], batch.inv_sigma[0]
+        xy, ids = _read_sources(each[i], data, inv_sigma, wcs)
+        own = batch.psf[0] if isinstance(batch.psf, list) else batch.psf
+        scene = Scene(
+            data=data,
+            inv_sigma=inv_sigma,
+            psf=own,
+            flags=int(batch.flags[0]) & ~int(FitFlag.SATURATED),
+            wcs=wcs,
+            unit=stamps.unit,
+            name=stamps.name,
+            xy=xy,
+            ids=ids,
+            spread=_spread(position_prior, len(xy)),
+            models=_models(models, len(xy)),
+        )
+        scene.sources = [Source(flags=int(f)) for f in _first_flags(scene)]
+        if own is None:
+            scene.psf = next((m.psf for m in scene.models if m.psf is not None), None)
+        _check_points(scene)
+        scenes.append(scene)
+    return scenes, single
+
+
+def _is_stack(image: Any) -> bool:
+    return _is_list_of_images(image) or len(getattr(image, "shape", ())) == 3
+
+
+def _one_each(values: Any, count: int, name: str) -> Sequence[Any]:
+    if not isinstance(values, list | tuple | np.ndarray) or len(values) != count:
+        raise ValueError(f"{count} images need a sequence of {count} {name}, one an image")
+    return values
+
+
+def _read_sources(sources, data, inv_sigma, wcs) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (K, 2) and labels (K,)."""
+    if sources is None:
+        raise TypeError(
+            "deblend needs the sources: positions, a table, a segmentation or a Detection"
+        )
+    if hasattr(sources, "segmentation") and hasattr(sources, "positions"):  # a Detection
+        labels = np.asarray(sources.segmentation.labels)
+        return np.asarray(sources.positions, dtype=float).reshape(-1, 2), labels
+    segments = getattr(sources, "data", sources) if hasattr(sources, "slices") else sources
+    array = np.asarray(segments) if isinstance(segments, np.ndarray) else None
+    if array is not None and array.shape == data.shape and array.dtype.kind in "iu":
+        frame = _inputs.Frame(data, masks=(inv_sigma <= 0,))
+        numbers, _, centroids = _segments(array, frame)
+        return centroids, numbers
+    if hasattr(sources, "__len__") and len(sources) == 0:
+        return np.empty((0, 2)), np.empty(0, dtype=np.int64)
+    xy, labels = _inputs.parse_positions(sources, wcs)
+    return xy, np.arange(len(xy)) if labels is None else labels
+
+
+def _spread(position_prior: Any, count: int) -> np.ndarray:
+    values = np.asarray(position_prior, dtype=float)
+    if values.shape not in ((), (count,)):
+        raise ValueError(
+            f"position_prior is one width in pixels or one a source, not of shape {values.shape}"
+        )
+    if not np.all(np.isfinite(values) & (values >= 0)):
+        raise ValueError("position_prior must be finite and not negative")
+    return np.broadcast_to(values, count).copy()
+
+
+def _models(models: Any, count: int) -> list[Any]:
+    from galmorph.models.base import GalaxyModel
+
+    if isinstance(models, GalaxyModel):
+        models = [models] * count
+    models = list(models)
+    if len(models) != count:
+        raise ValueError(f"there are {len(models)} models for {count} sources")
+    for model in models:
+        if not isinstance(model, GalaxyModel) or len(model) != 1:
+            raise TypeError(f"every source needs a single galmorph model, not {model!r}")
+    return models
+
+
+def _check_points(scene: Scene) -> None:
+    from galmorph.models.point_source import PointSource2D
+
+    if scene.psf is None and any(isinstance(m, PointSource2D) for m in scene.models):
+        raise ValueError("a point source needs a psf")
+
+
+def _first_flags(scene: Scene) -> np.ndarray:
+    """What is known before the fit, (K,)."""
+    ny, nx = scene.shape
+    flags = np.full(len(scene.xy), scene.flags, dtype=np.int64)
+    finite = np.isfinite(scene.xy).all(1)
+    x, y = np.where(finite[:, None], scene.xy, -99.0).T
+    out = (x < -0.5) | (y < -0.5) | (x > nx - 0.5) | (y > ny - 0.5)
+    flags[out] |= int(FitFlag.OUTSIDE)
+    yy, xx = np.mgrid[:ny, :nx]
+    for k in np.flatnonzero(~out):
+        rows = slice(max(int(y[k]) - 4, 0), int(y[k]) + 6)
+        columns = slice(max(int(x[k]) - 4, 0), int(x[k]) + 6)
+        distance = np.hypot(xx[rows, columns] - x[k], yy[rows, columns] - y[k])
+        used = scene.inv_sigma[rows, columns] > 0
+        if not used[distance <= 4.5].any():
+            flags[k] |= int(FitFlag.NO_DATA)
+        elif not used[distance <= 1.5].all():
+            flags[k] |= int(FitFlag.BAD_CENTER)
+    return flags
+
+
+# -- groups ----------------------------------------------------------------------------------
+
+
+def make_groups(scene: Scene, setup: Any, max_group: int) -> None:
+    """Find which sources are fitted together, and give each a first model."""
+    usable = np.array([not s.flags & int(FitFlag.FAILED) for s in scene.sources], dtype=bool)
+    members = np.flatnonzero(usable)
+    if not members.size:
+        return
+    if members.size <= max_group and max(scene.shape) <= _WHOLE:
+        scene.groups = [Group(members, (0, 0), scene.shape)]
+        return
+    guess = _first_look(scene, setup, members)
+    touch, end = (_radius_at(scene, members, guess, level) for level in (_TOUCH, _END))
+    xy = scene.xy[members]
+    for own in _linked(xy, touch, max_group):
+        low = np.floor((xy[own] - end[own, None]).min(0)).astype(int)
+        high = np.ceil((xy[own] + end[own, None]).max(0)).astype(int)
+        nx, ny = (_side(n) for n in high - low + 1)
+        middle = (low + high) // 2
+        group = Group(members[own], (int(middle[1] - ny // 2), int(middle[0] - nx // 2)), (ny, nx))
+        scene.groups.append(group)
+    for k, params in zip(members, guess, strict=True):
+        scene.sources[k].guess = params
+
+
+def _side(wanted: int) -> int:
+    return int(_SIDES[min(np.searchsorted(_SIDES, wanted), len(_SIDES) - 1)])
+
+
+def _first_look(scene: Scene, setup: Any, members: np.ndarray) -> np.ndarray:
+    """Sérsic parameters (M, 7) of sources, each by itself, then with the others taken away."""
+    guess, light = _look(scene, setup, members, None), None
+    for _ in range(2):
+        light = _light_of(scene, guess)
+        guess = _look(scene, setup, members, (light, guess))
+    return guess
+
+
+def _light_of(scene: Scene, params: np.ndarray) -> np.ndarray:
+    """Image of Sérsic profiles (M, 7), each drawn as far as it matters."""
+    total = np.zeros(scene.shape)
+    for _, origin, images in _drawn(scene, params):
+        for o, image in zip(origin, images, strict=True):
+            there, here = _overlap(scene.shape, (o[1], o[0]), image.shape)
+            total[there] += image[here]
+    return total
+
+
+def _drawn(scene: Scene, params: np.ndarray):
+    """Rows, origins (x, y) and images of profiles, some that have stamps of one size at a time."""
+    from galmorph.models.sersic import SersicGalaxy2D
+
+    model = SersicGalaxy2D(psf=scene.psf)
+    wanted = np.nan_to_num(8 * params[:, 3])
+    sides = np.array(_FIRST_STAMPS)
+    side = sides[np.searchsorted(sides, wanted).clip(max=len(sides) - 1)]
+    for n in sides:
+        for rows in np.array_split(np.flatnonzero(side == n), max(1, (side == n).sum() // 128)):
+            if rows.size:
+                own = params[rows].copy()
+                origin = np.rint(np.nan_to_num(own[:, 1:3])).astype(int) - n // 2
+                own[:, 1:3] -= origin
+                images = model.render((n, n), params=own, dtype="float32")
+                yield rows, origin, np.nan_to_num(images)
+
+
+def _look(scene, setup, members, known) -> np.ndarray:
+    """Sérsic parameters (M, 7) of sources on stamps; ``known`` is the light of a former look."""
+    from galmorph._scenefit import SceneBatch, guess_sources
+
+    guess = np.full((len(members), 7), np.nan)
+    own: dict[int, tuple] | None = None
+    if known is not None:
+        light, before = known
+        own = {}
+        for rows, origins, images in _drawn(scene, before):
+            own |= dict(zip(rows.tolist(), zip(origins, images, strict=True), strict=True))
+    todo = np.arange(len(members))
+    # what others leave is not known at first: larger stamps would have more of it
+    for side in _FIRST_STAMPS if known is not None else _FIRST_STAMPS[:1]:
+        for rows in np.array_split(todo, max(1, len(todo) // 256)):
+            xy = scene.xy[members[rows]]
+            origin = np.rint(xy).astype(int) - side // 2
+            cuts = []
+            for row, (x, y) in zip(rows, origin, strict=True):
+                if own is None:
+                    cuts.append(_cut(scene, (y, x), (side, side)))
+                    continue
+                data, weight, others = _cut(scene, (y, x), (side, side), light)
+                at, image = own[int(row)]
+                there, here = _overlap((side, side), (at[1] - y, at[0] - x), image.shape)
+                data = data - others
+                data[there] += image[here]
+                cuts.append((np.where(weight > 0, data, 0.0), weight))
+            seen = np.array([(w > 0).any() for _, w in cuts])
+            if not seen.any():
+                continue
+            batch = SceneBatch(
+                data=np.stack([d for d, _ in cuts])[seen],
+                inv_sigma=np.stack([w for _, w in cuts])[seen],
+                psf=scene.psf,
+                position=(xy - origin)[seen, None],
+                spread=scene.spread[members[rows], None][seen],
+            )
+            found = guess_sources(setup, batch)[:, 0]
+            found[:, 1:3] += origin[seen]
+            rows = rows[seen]
+            keep = ~(found[:, 0] > _GROWTH * guess[rows, 0])  # else it is that of neighbours
+            guess[rows[keep]] = found[keep]
+        todo = todo[6 * guess[todo, 3] > side]
+        if not len(todo):
+            break
+    return guess
+
+
+def _cut(scene: Scene, origin: tuple[int, int], shape: tuple[int, int], *others: np.ndarray):
+    """Data and weight (and others) in a box that may reach beyond the image."""
+    there, here = _overlap(scene.shape, origin, shape)
+    result = []
+    for array in (scene.data, scene.inv_sigma, *others):
+        part = np.zeros(shape)
+        part[here] = array[there]
+        result.append(part)
+    return result
+
+
+def _overlap(frame, origin, shape) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where a box lies in an image, and that part in the box."""
+    low = [max(o, 0) for o in origin]
+    high = [max(min(o + n, m), a) for o, n, m, a in zip(origin, shape, frame, low, strict=True)]
+    there = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, origin, strict=True))
+    return there, here
+
+
+def _radius_at(scene, members, guess, level: float) -> np.ndarray:
+    """Radius in pixels at which a Sérsic profile is as faint as ``level`` sigma, (M,)."""
+    flux, r, n, ellip = guess[:, 0], guess[:, 3], guess[:, 4].clip(None, _STEEPEST), guess[:, 5]
+    x, y = np.rint(scene.xy[members]).astype(int).T
+    inv_sigma = scene.inv_sigma[y.clip(0, scene.shape[0] - 1), x.clip(0, scene.shape[1] - 1)]
+    usual = np.median(scene.inv_sigma[scene.inv_sigma > 0])
+    inv_sigma = np.where(inv_sigma > 0, inv_sigma, usual)
+    b = gammaincinv(2 * n, 0.5)
+    log_norm = 2 * n * np.log(b) - np.log(2 * np.pi * n) - gammaln(2 * n)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        peak = np.log(flux * inv_sigma / level) + log_norm - np.log((1 - ellip) * r**2)
+        radius = r * np.minimum((np.maximum(peak, 0) / b) ** n, _FARTHEST)
+    blur = 0.0 if scene.psf is None else 3 * scene.psf.sigma
+    radius = np.hypot(np.nan_to_num(radius), blur)
+    return radius.clip(_LEAST_RADIUS, _LARGEST_RADIUS)
+
+
+def _linked(xy: np.ndarray, radius: np.ndarray, most: int) -> list[np.ndarray]:
+    """Groups of sources that touch, the closest first, none of more than ``most``."""
+    pairs = cKDTree(xy).query_pairs(2 * radius.max(), output_type="ndarray")
+    distance = np.hypot(*(xy[pairs[:, 0]] - xy[pairs[:, 1]]).T)
+    strength = distance / (radius[pairs[:, 0]] + radius[pairs[:, 1]])
+    parent, size = np.arange(len(xy)), np.ones(len(xy), dtype=int)
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for p in np.argsort(strength):
+        if strength[p] >= 1:
+            break
+        a, b = (root(i) for i in pairs[p])
+        if a != b and size[a] + size[b] <= most:
+            parent[b] = a
+            size[a] += size[b]
+    roots = np.array([root(i) for i in range(len(xy))])
+    return [np.flatnonzero(roots == r) for r in np.unique(roots)]
+
+
+# -- fits ------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Task:
+    """A group to be fitted."""
+
+    scene: Scene
+    group: Group
+    data: np.ndarray
+    inv_sigma: np.ndarray
+    start: list[np.ndarray] | None
+
+
+def solve_scenes(
+    scenes: list[Scene],
+    fitter: Any,
+    background: str,
+    max_group: int,
+    report: Callable[[int], None],
+) -> None:
+    """Fit all sources of all scenes; results are put in their sources and groups."""
+    setups: dict[int, Any] = {}
+    for scene in scenes:
+        for model in scene.models:
+            if id(model) not in setups:
+                setups[id(model)] = fitter._setup(model, background)
+    totals = []
+    for scene in scenes:
+        if scene.models:
+            make_groups(scene, setups[id(scene.models[0])], max_group)
+        for g, group in enumerate(scene.groups):
+            group.members = group.members[_by_model(scene, group, setups)]
+            for k in group.members:
+                scene.sources[k].group = g
+                scene.sources[k].box = group.box
+        totals.append(_first_light(scene) if len(scene.groups) > 1 else None)
+    for turn in range(_ROUNDS):
+        tasks = [
+            task
+            for scene, total in zip(scenes, totals, strict=True)
+            for task in _tasks(scene, total, turn)
+        ]
+        if not tasks:
+            break
+        for batch in _alike(tasks, setups):
+            _fit_batch(batch, setups, fitter, background)
+            if turn == 0:
+                report(sum(len(task.group.members) for task in batch))
+        for i, scene in enumerate(scenes):
+            if totals[i] is not None:
+                totals[i] = _light(scene)
+
+
+def _by_model(scene: Scene, group: Group, setups: dict[int, Any]) -> np.ndarray:
+    """Order with sources of one model side by side, so that more groups are alike."""
+    order = {key: i for i, key in enumerate(setups)}
+    return np.argsort([order[id(scene.models[k])] for k in group.members], kind="stable")
+
+
+def _first_light(scene: Scene) -> np.ndarray:
+    """Image of all first guesses; each is kept with its source."""
+    from galmorph.models.sersic import SersicGalaxy2D
+
+    model = SersicGalaxy2D(psf=scene.psf)
+    for group in scene.groups:
+        params = _guess_of(scene, group)
+        images = model.render(group.shape, params=params, dtype="float32")
+        for k, image in zip(group.members, np.nan_to_num(images), strict=True):
+            scene.sources[k].image = image
+    return _light(scene)
+
+
+def _guess_of(scene: Scene, group: Group) -> np.ndarray | None:
+    """First guesses of the members, (K, 7) in pixels of the box."""
+    params = [scene.sources[k].guess for k in group.members]
+    if any(p is None for p in params):
+        return None
+    return np.stack([_shifted(p, group, -1) for p in params])
+
+
+def _light(scene: Scene) -> np.ndarray:
+    """The sum of the models of all sources."""
+    total = np.zeros(scene.shape)
+    for group in scene.groups:
+        there, here = _overlap(scene.shape, group.origin, group.shape)
+        for k in group.members:
+            if scene.sources[k].image is not None:
+                total[there] += scene.sources[k].image[here]
+    return total
+
+
+def _tasks(scene: Scene, total: np.ndarray | None, turn: int) -> list[_Task]:
+    """Groups that are still to be fitted, with the light of all others taken away."""
+    if total is None:
+        if turn:
+            return []
+        return [_Task(scene, g, scene.data, scene.inv_sigma, None) for g in scene.groups]
+    tasks = []
+    for group in scene.groups:
+        data, inv_sigma, others = _cut(scene, group.origin, group.shape, total)
+        sources = [scene.sources[k] for k in group.members]
+        others = others - sum(s.image for s in sources if s.image is not None)
+        others[inv_sigma <= 0] = 0.0
+        if group.seen is not None:
+            change = np.sqrt((((others - group.seen) * inv_sigma) ** 2).sum())
+            if change < _SETTLED:
+                continue
+        group.seen = others
+        start = [s.params for s in sources]
+        start = None if any(p is None for p in start) else [_shifted(p, group, -1) for p in start]
+        tasks.append(_Task(scene, group, data - others, inv_sigma, start))
+    return tasks
+
+
+def _shifted(params: np.ndarray, group: Group, sign: int) -> np.ndarray:
+    params = params.copy()
+    params[1:3] += sign * np.array(group.origin[::-1])
+    return params
+
+
+def _alike(tasks: list[_Task], setups: dict[int, Any]) -> list[list[_Task]]:
+    """Tasks that can be fitted as one batch: the same shape, models and kind of PSF."""
+    batches: dict[tuple, list[_Task]] = {}
+    for task in tasks:
+        scene, psf = task.scene, task.scene.psf
+        key = (
+            task.data.shape,
+            tuple(id(setups[id(scene.models[k])]) for k in task.group.members),
+            None
+            if psf is None
+            else (psf.oversampling, psf.includes_pixel, psf.shape[0] % 2, psf.shape[1] % 2),
+            task.start is None,
+            scene.sources[task.group.members[0]].guess is None,
+        )
+        batches.setdefault(key, []).append(task)
+    result = []
+    for batch in batches.values():
+        pixels = batch[0].data.size * len(batch[0].group.members)
+        step = int(np.clip(2**20 // pixels, 1, 64))
+        result += [batch[i : i + step] for i in range(0, len(batch), step)]
+    return result
+
+
+def _fit_batch(tasks: list[_Task], setups, fitter, background) -> None:
+    """Fit groups that are alike; where one makes the fit fail, the others are done without."""
+    try:
+        _fit(tasks, setups, fitter)
+    except Exception as error:
+        if len(tasks) > 1:
+            for task in tasks:
+                _fit_batch([task], setups, fitter, background)
+            return
+        task = tasks[0]
+        for k in task.group.members:
+            task.scene.sources[k].flags |= int(FitFlag.NOT_CONVERGED | FitFlag.BAD_COVARIANCE)
+            task.scene.errors[str(task.scene.ids[k])] = f"{type(error).__name__}: {error}"
+
+
+def _fit(tasks: list[_Task], setups, fitter) -> None:
+    from galmorph._scenefit import SceneBatch
+
+    first = tasks[0]
+    members = [(t, t.group.members) for t in tasks]
+    origin = np.array([t.group.origin[::-1] for t in tasks])
+    psfs = [t.scene.psf for t in tasks]
+    shared = all(p is psfs[0] for p in psfs)
+    batch = SceneBatch(
+        data=np.stack([t.data for t in tasks]),
+        inv_sigma=np.stack([t.inv_sigma for t in tasks]),
+        psf=psfs[0] if shared else psfs,
+        position=np.stack([t.scene.xy[m] for t, m in members]) - origin[:, None],
+        spread=np.stack([t.scene.spread[m] for t, m in members]),
+    )
+    few = (batch.inv_sigma > 0).sum((1, 2)) == 0
+    if few.any():
+        raise ValueError("there are no usable pixels")
+    own = [setups[id(first.scene.models[k])] for k in first.group.members]
+    start = None
+    if first.start is not None:
+        start = [np.stack([t.start[j] for t in tasks]) for j in range(len(own))]
+    guess = [_guess_of(t.scene, t.group) for t in tasks]
+    guess = None if any(g is None for g in guess) else np.stack(guess)
+    known = [t.group.known for t in tasks]
+    if any(k is None for k in known):
+        known = None
+    else:
+        total, off = (np.concatenate([getattr(k, n) for k in known]) for n in ("total", "misfit"))
+        known = _Known(total, off, known[0].n_free)
+    fits, known = fit_with_noise(own, batch, fitter.noise, start, guess, known)
+    for b, task in enumerate(tasks):
+        if known is not None:
+            rows = slice(b, b + 1)
+            task.group.known = _Known(known.total[rows], known.misfit[rows], known.n_free)
+        _keep(task, fits, b)
+
+
+@dataclass
+class _Known:
+    """What noise depends on, of the last fits: model images, misfit (B, ny, nx), free numbers."""
+
+    total: np.ndarray
+    misfit: np.ndarray
+    n_free: int
+
+
+def fit_with_noise(setups, batch, noise, start, guess, known):
+    """`fit_scenes` with any noise, by iteratively reweighted least squares.
+
+    Returns the fits and what is `_Known` of them; ``known`` is that of the fits from which these
+    start, or None.
+    """
+    from galmorph._scenefit import fit_scenes
+
+    misfit = bool(getattr(noise, "needs_misfit", False))
+    changes = noise is not None and bool(noise.parameter_names or not noise.gaussian)
+    work = _working(batch, noise, known) if changes and known is not None else batch
+    fits = fit_scenes(setups, work, start=start, guess=guess, misfit=misfit)
+    firsts = np.cumsum([0, *(p.shape[1] for p in fits.params[:-1])])
+    for _ in range(_REWEIGHTINGS if changes else 0):
+        before = np.stack([p[:, 0] for p in fits.params], 1)
+        work = _working(batch, noise, _known(setups, fits))
+        fits = fit_scenes(setups, work, start=fits.params, misfit=misfit)
+        after = np.stack([p[:, 0] for p in fits.params], 1)
+        variance = np.diagonal(fits.cov, axis1=1, axis2=2)[:, firsts]
+        if not (((after - before) ** 2) > _SAME**2 * variance).any():
+            break
+    if noise is not None:
+        fits.cov = fits.cov / noise.information
+    return fits, _known(setups, fits) if changes else None
+
+
+def _known(setups, fits) -> _Known:
+    from galmorph._batchfit import background_templates
+
+    templates = background_templates(setups[0].background, fits.images.shape[2:])
+    total = fits.images.sum(1) + np.einsum("bt,tyx->byx", fits.background, templates)
+    return _Known(total, np.sqrt((fits.misfit**2).sum(1)), fits.n_free)
+
+
+def _working(batch, noise, known: _Known):
+    """The batch as a Gaussian problem, with noise as it is at the last fits."""
+    if noise.parameter_names:
+        noise = noise.with_parameters(
+            noise.fitted(batch.data, known.total, batch.inv_sigma, known.n_free)
+        )
+    if getattr(noise, "needs_misfit", False):
+        noise = noise.bind(known.misfit)
+    data, inv_sigma = noise.working(batch.data, known.total, batch.inv_sigma)
+    return replace(batch, data=data, inv_sigma=inv_sigma)
+
+
+def _keep(task: _Task, fits: Any, b: int) -> None:
+    """Put the fit of one group in its sources."""
+    scene, group = task.scene, task.group
+    used = task.inv_sigma > 0
+    dof = int(used.sum()) - fits.n_free
+    size = sum(p.shape[1] for p in fits.params)
+    group.cov = fits.cov[b, :size, :size]
+    saturated = bool(_is_saturated(task.data[None], task.inv_sigma[None])[0])
+    first = 0
+    for j, k in enumerate(group.members):
+        source, params = scene.sources[k], fits.params[j][b]
+        variance = group.cov[first, first]
+        first += len(params)
+        source.params = _shifted(params, group, 1)
+        source.image = np.nan_to_num(fits.images[b, j]).astype(np.float32)
+        source.background = fits.background[b]
+        source.chi2, source.dof = float(fits.chi2[b]), max(dof, 0)
+        source.n_iter += int(fits.n_iter[b])
+        conditions = {
+            FitFlag.NOT_CONVERGED: not fits.converged[b],
+            FitFlag.AT_BOUND: fits.at_bound[b, j],
+            FitFlag.BAD_COVARIANCE: fits.bad_covariance[b],
+            FitFlag.FEW_PIXELS: dof <= 0,
+            FitFlag.LOW_SNR: not (
+                params[0] > 0 if variance == 0 else params[0] >= 5 * np.sqrt(variance)
+            ),
+            FitFlag.EDGE: _near_edge(source.params[1:3], scene.shape),
+            FitFlag.SATURATED: saturated and _is_peak(task.data, params),
+            FitFlag.POOR_FIT: dof > 0
+            and (fits.chi2[b] > 2 * dof or fits.chi2[b] - dof > 10 * np.sqrt(2 * dof)),
+        }
+        for flag, holds in conditions.items():  # of this fit, not of a former one
+            source.flags = source.flags | int(flag) if holds else source.flags & ~int(flag)
+        if not np.isfinite(params).all():
+            source.flags |= int(FitFlag.NOT_CONVERGED | FitFlag.BAD_COVARIANCE)
+
+
+def _near_edge(xy: np.ndarray, shape: tuple[int, int]) -> bool:
+    x, y = xy
+    return bool(min(x, y, shape[1] - 1 - x, shape[0] - 1 - y) < 2)
+
+
+def _is_peak(data: np.ndarray, params: np.ndarray) -> bool:
+    """Whether the brightest pixels are those of a source."""
+    y, x = np.unravel_index(np.argmax(data), data.shape)
+    return bool(np.hypot(x - params[1], y - params[2]) < 8)

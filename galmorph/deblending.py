@@ -1,0 +1,663 @@
+"""Deblending: fitting a scene of sources that share their pixels.
+
+A blend is not cut apart.  Every source has a model, their sum is fitted to the image, and what
+is known of each flux allows for what is not known of its neighbours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from astropy.table import QTable, vstack
+
+from galmorph.flags import FitFlag
+from galmorph.images import _reporter, describe
+from galmorph.models.base import GalaxyModel
+from galmorph.results import BACKGROUND_TERMS, FitResult
+
+__all__ = ["SceneResult", "deblend"]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class SceneResult:
+    """A fitted scene: K sources and one image; made by `galmorph.deblend`.
+
+    Attributes
+    ----------
+    models : list of K GalaxyModel
+        What was fitted to each source, with its constraints.
+    xy : array, shape (K, 2)
+        Positions (x, y) that were given, in pixels.
+    ids : array of int, shape (K,)
+        Labels of the segments or of the catalogue if there were any, else 0 … K-1.
+    flags : array of int32, shape (K,)
+        Bit mask, see `FitFlag`.
+    group : array of int, shape (K,)
+        Number of the group in which each source was fitted; -1 if it was not.
+    chi2, dof, n_iter : array, shape (K,)
+        Of each source's group.
+    data, inv_sigma : array, shape (ny, nx)
+        The image, 0 where unusable, and one over its uncertainty, 0 where unusable.
+    psf : PSF or None
+    wcs : celestial WCS or None
+    data_unit : `~astropy.units.Unit` or None
+    meta : dict
+        Provenance: versions, date, models, fitter, options, errors.
+
+    Notes
+    -----
+    ``blendedness`` and ``purity`` are of the models, as they are convolved with the PSF, with s
+    the image of a source and t the sum of all:
+
+    .. math:: \\mathrm{blendedness} = 1 - \\frac{\\langle s, s\\rangle}{\\langle s, t\\rangle},
+              \\qquad \\mathrm{purity} = \\frac{\\sum s \\cdot (s / t)}{\\sum s}.
+
+    The first is that of Bosch et al. (2018, PASJ 70, S5) and of BlendingToolKit; the second is
+    the share of a source in the light of a pixel, averaged over its own light.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from galmorph import SersicGalaxy2D
+    >>> from galmorph.deblending import deblend
+    >>> one = SersicGalaxy2D(500, 18, 20, r_eff=3).render((41, 41))
+    >>> two = SersicGalaxy2D(300, 25, 21, r_eff=3).render((41, 41))
+    >>> image = one + two + np.random.default_rng(1).normal(0, 0.3, (41, 41))
+    >>> result = deblend(image, [(18, 20), (25, 21)], model=SersicGalaxy2D(), uncertainty=0.3)
+    >>> result
+    <SceneResult: 2 sources in 1 group, 0 flagged>
+    >>> result.flux_cov.shape, bool(result.flux_cov[0, 1] < 0)
+    ((2, 2), True)
+    """
+
+    models: list[GalaxyModel]
+    xy: np.ndarray
+    ids: np.ndarray
+    flags: np.ndarray
+    group: np.ndarray
+    chi2: np.ndarray
+    dof: np.ndarray
+    n_iter: np.ndarray
+    data: np.ndarray
+    inv_sigma: np.ndarray
+    psf: Any = None
+    wcs: Any = None
+    data_unit: Any = None
+    meta: dict = field(default_factory=dict)
+    _sources: list[Any] = field(default_factory=list)
+    _groups: list[Any] = field(default_factory=list)
+    _background: str = "none"
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __repr__(self) -> str:
+        groups = len(self._groups)
+        return (
+            f"<SceneResult: {len(self)} sources in {groups} group{'s' * (groups != 1)}, "
+            f"{int(np.count_nonzero(self.flags))} flagged>"
+        )
+
+    # -- parameters ----------------------------------------------------------------------
+
+    @property
+    def params(self) -> np.ndarray | list[np.ndarray]:
+        """Parameters of the sources in pixels of the image; NaN where nothing could be fitted.
+
+        (K, P) if all have as many parameters, else a list of K arrays (P_k,).
+        """
+        own = [
+            np.full(len(model.param_names), np.nan) if s.params is None else s.params
+            for model, s in zip(self.models, self._sources, strict=True)
+        ]
+        same = len({len(p) for p in own}) == 1
+        return np.stack(own) if same else own
+
+    @property
+    def cov(self) -> np.ndarray:
+        """Covariance of the parameters of all sources, (D, D) with D the sum of all P_k.
+
+        In the order of ``params``; zero between groups, NaN for sources without a fit.  The
+        background is marginalised.
+        """
+        sizes = [len(model.param_names) for model in self.models]
+        first = np.concatenate([[0], np.cumsum(sizes)]).astype(int)
+        cov = np.zeros((first[-1], first[-1]))
+        for k, source in enumerate(self._sources):
+            if source.params is None:
+                cov[first[k] : first[k + 1]] = cov[:, first[k] : first[k + 1]] = np.nan
+        for group in self._groups:
+            at = [np.arange(first[k], first[k + 1]) for k in group.members]
+            at = np.concatenate(at)
+            cov[np.ix_(at, at)] = np.nan if group.cov is None else group.cov
+        return cov
+
+    @property
+    def flux(self) -> np.ndarray:
+        """Total flux of each source, shape (K,)."""
+        return np.array([p[0] for p in self.params])
+
+    @property
+    def flux_cov(self) -> np.ndarray:
+        """Covariance of the fluxes, shape (K, K)."""
+        cov = np.zeros((len(self), len(self)))
+        for k, source in enumerate(self._sources):
+            if source.params is None:
+                cov[k] = cov[:, k] = np.nan
+        for group in self._groups:
+            rows, block = self._block(group, lambda size: [0])
+            cov[np.ix_(rows, rows)] = block
+        return cov
+
+    @property
+    def flux_err(self) -> np.ndarray:
+        """Standard deviation of each flux, neighbours marginalised, shape (K,)."""
+        return np.sqrt(self._variances([0])[:, 0])
+
+    def _block(self, group: Any, choose: Callable) -> tuple[np.ndarray, np.ndarray]:
+        """Part of the covariance of a group: some parameters of each of its members."""
+        first, at = 0, []
+        for k in group.members:
+            size = len(self.models[k].param_names)
+            at += [first + i for i in choose(size)]
+            first += size
+        blank = np.full((len(at), len(at)), np.nan)
+        return group.members, blank if group.cov is None else group.cov[np.ix_(at, at)]
+
+    def _variances(self, columns: Sequence[int]) -> np.ndarray:
+        variance = np.full((len(self), len(columns)), np.nan)
+        for group in self._groups:
+            rows, block = self._block(group, lambda size: columns)
+            own = np.diagonal(block).reshape(len(rows), len(columns))
+            variance[rows] = np.where(own >= 0, own, np.nan)
+        return variance
+
+    @property
+    def failed(self) -> np.ndarray:
+        """True where the parameters must not be used, shape (K,)."""
+        blank = [s.params is None or not np.isfinite(s.params).all() for s in self._sources]
+        return ((self.flags & int(FitFlag.FAILED)) != 0) | np.array(blank, dtype=bool)
+
+    def sample(
+        self, n: int, rng: np.random.Generator | int | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Draw parameters of all sources together, from the normal approximation.
+
+        Radii and indices are normal in their logarithm, ellipses in -ln(q) (cos 2 theta,
+        sin 2 theta).  Sources of one group are drawn jointly: where one has more light its
+        neighbour has less.
+
+        Parameters
+        ----------
+        n : int
+            How many draws.
+        rng : `numpy.random.Generator` or int, optional
+
+        Returns
+        -------
+        array, shape (K, n, P), or list of K arrays, shape (n, P_k)
+            NaN where there is no fit or no covariance.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph import SersicGalaxy2D
+        >>> from galmorph.deblending import deblend
+        >>> image = SersicGalaxy2D(500, 18, 20, r_eff=3).render((41, 41))
+        >>> image += np.random.default_rng(1).normal(0, 0.3, (41, 41))
+        >>> result = deblend(image, [(18, 20)], model=SersicGalaxy2D(), uncertainty=0.3)
+        >>> result.sample(100, rng=1).shape
+        (1, 100, 7)
+        """
+        rng = np.random.default_rng(rng)
+        draws = [np.full((n, len(m.param_names)), np.nan) for m in self.models]
+        for group in self._groups:
+            size = sum(len(self.models[k].param_names) for k in group.members)
+            normal = rng.standard_normal((1, n, size))
+            if group.cov is None or not np.isfinite(group.cov).all():
+                continue
+            models = [self.models[k] for k in group.members]
+            centre = np.concatenate([self._sources[k].params for k in group.members])
+            drawn = _draws(models, centre, group.cov, normal)
+            first = 0
+            for k in group.members:
+                draws[k] = drawn[:, first : first + draws[k].shape[1]]
+                first += draws[k].shape[1]
+        same = len({d.shape for d in draws}) == 1
+        return np.stack(draws) if same else draws
+
+    # -- images --------------------------------------------------------------------------
+
+    def source_image(self, i: int) -> tuple[tuple[slice, slice], np.ndarray]:
+        """Where the model of one source is, and its light there.
+
+        Parameters
+        ----------
+        i : int
+            Which source; negative numbers count from the end.
+
+        Returns
+        -------
+        where : tuple of slice
+            (rows, columns) of the image.
+        model : array
+            The model without background, in that part of the image; beyond it is the noise.
+            Empty where there is no fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph import SersicGalaxy2D
+        >>> from galmorph.deblending import deblend
+        >>> image = SersicGalaxy2D(500, 18, 20, r_eff=3).render((41, 41))
+        >>> result = deblend(image, [(18, 20)], model=SersicGalaxy2D(), uncertainty=0.3)
+        >>> where, model = result.source_image(0)
+        >>> image[where].shape == model.shape
+        True
+        """
+        from galmorph._scenes import _overlap
+
+        source = self._sources[range(len(self))[i]]
+        if source.image is None or source.params is None:
+            return (slice(0, 0), slice(0, 0)), np.zeros((0, 0))
+        origin = tuple(s.start for s in source.box)
+        there, here = _overlap(self.data.shape, origin, source.image.shape)
+        return there, np.nan_to_num(source.image[here].astype(float))
+
+    @property
+    def model_image(self) -> np.ndarray:
+        """The sum of all models, without background, shape (ny, nx)."""
+        total = np.zeros(self.data.shape)
+        for k in range(len(self)):
+            where, model = self.source_image(k)
+            total[where] += model
+        return total
+
+    @property
+    def background_image(self) -> np.ndarray:
+        """The fitted background, shape (ny, nx); the mean of those of groups that overlap."""
+        from galmorph._batchfit import background_templates
+        from galmorph._scenes import _overlap
+
+        total, count = np.zeros((2, *self.data.shape))
+        for group in self._groups:
+            terms = self._sources[group.members[0]].background
+            if terms is None or not len(terms):
+                continue
+            image = np.tensordot(terms, background_templates(self._background, group.shape), 1)
+            there, here = _overlap(self.data.shape, group.origin, group.shape)
+            total[there] += np.nan_to_num(image[here])
+            count[there] += 1
+        return total / np.maximum(count, 1)
+
+    @property
+    def residual_image(self) -> np.ndarray:
+        """Data - models - background, shape (ny, nx); NaN in unusable pixels."""
+        residual = self.data - self.model_image - self.background_image
+        return np.where(self.inv_sigma > 0, residual, np.nan)
+
+    @property
+    def model_images(self) -> np.ndarray:
+        """The model of each source without background, shape (K, ny, nx).
+
+        All K images of the size of the whole; of large fields ask for one at a time, with
+        `source_image`.
+        """
+        images = np.zeros((len(self), *self.data.shape))
+        for k in range(len(self)):
+            where, model = self.source_image(k)
+            images[k][where] = model
+        return images
+
+    @property
+    def deblended_images(self) -> np.ndarray:
+        """The data of each source, shape (K, ny, nx).
+
+        Each pixel, less the background, is shared in the ratio of the models there, so that
+        the images add up to the data wherever there is any model light; elsewhere, and in
+        unusable pixels, they are 0.
+        """
+        light = np.maximum(self.model_images, 0.0)
+        total = light.sum(0)
+        usable = (total > 0) & (self.inv_sigma > 0)
+        data = np.where(usable, self.data - self.background_image, 0.0)
+        return light * (data / np.where(usable, total, 1.0))
+
+    @property
+    def blendedness(self) -> np.ndarray:
+        """1 - <s, s> / <s, t>, see the notes; shape (K,), NaN where there is no fit."""
+        return self._overlaps()[0]
+
+    @property
+    def purity(self) -> np.ndarray:
+        """Mean share of a source in its own pixels, see the notes; shape (K,)."""
+        return self._overlaps()[1]
+
+    def _overlaps(self) -> tuple[np.ndarray, np.ndarray]:
+        blend, purity = np.full((2, len(self)), np.nan)
+        total = self.model_image
+        for k in range(len(self)):
+            where, own = self.source_image(k)
+            if not own.any():
+                continue
+            with np.errstate(divide="ignore", invalid="ignore"):
+                blend[k] = 1 - (own * own).sum() / (own * total[where]).sum()
+                share = np.where(total[where] != 0, own / total[where], 0.0)
+                purity[k] = (own * share).sum() / own.sum()
+        return blend, purity
+
+    def to_segmentation(self, threshold: float = 1.0) -> Any:
+        """Which source has the most light in each pixel.
+
+        Parameters
+        ----------
+        threshold : float, optional
+            Pixels in which all models together are fainter than this, in units of the
+            uncertainty, belong to none.
+
+        Returns
+        -------
+        `~photutils.segmentation.SegmentationImage`
+            Source ``i`` has the label ``ids[i]`` if all of these are positive, else ``i + 1``.
+
+        Raises
+        ------
+        ValueError
+            If no pixel belongs to a source.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph import SersicGalaxy2D
+        >>> from galmorph.deblending import deblend
+        >>> image = SersicGalaxy2D(500, 18, 20, r_eff=3).render((41, 41))
+        >>> result = deblend(image, [(18, 20)], model=SersicGalaxy2D(), uncertainty=0.3)
+        >>> result.to_segmentation().labels
+        array([1])
+        """
+        from photutils.segmentation import SegmentationImage
+
+        labels = self.ids if len(self) and self.ids.min() > 0 else np.arange(len(self)) + 1
+        best = np.zeros(self.data.shape)
+        segments = np.zeros(self.data.shape, dtype=int)
+        for k in range(len(self)):
+            where, own = self.source_image(k)
+            ahead = own > best[where]
+            best[where] = np.where(ahead, own, best[where])
+            segments[where] = np.where(ahead, labels[k], segments[where])
+        usual = np.median(self.inv_sigma[self.inv_sigma > 0]) if self.inv_sigma.any() else 0.0
+        inv_sigma = np.where(self.inv_sigma > 0, self.inv_sigma, usual)
+        segments[self.model_image * inv_sigma < threshold] = 0
+        if not segments.any():
+            raise ValueError(f"no model is brighter than {threshold} sigma anywhere")
+        return SegmentationImage(segments)
+
+    # -- tables --------------------------------------------------------------------------
+
+    def to_table(self) -> QTable:
+        """Catalogue: one row a source.
+
+        Returns
+        -------
+        `~astropy.table.QTable`
+            The columns of `FitResult.to_table`, with units and, given a celestial WCS, sky
+            coordinates; and ``model``, ``group``, ``blendedness`` and ``purity``.  Where models
+            differ, columns that a source does not have are masked.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph import SersicGalaxy2D
+        >>> from galmorph.deblending import deblend
+        >>> image = SersicGalaxy2D(500, 18, 20, r_eff=3).render((41, 41))
+        >>> result = deblend(image, [(18, 20)], model=SersicGalaxy2D(), uncertainty=0.3)
+        >>> result.to_table()["model"].tolist()
+        ['SersicGalaxy2D']
+        """
+        kinds: dict[int, list[int]] = {}
+        for k, model in enumerate(self.models):
+            kinds.setdefault(id(model), []).append(k)
+        parts = []
+        for rows in kinds.values():
+            part = self._fits(np.array(rows)).to_table()
+            part["model"] = [type(self.models[k]).__name__ for k in rows]
+            part["_order"] = rows
+            parts.append(part)
+        if not parts:
+            table = QTable(
+                names=("id", "flux", "flux_err", "x_0", "y_0"), dtype=(int, *[float] * 4)
+            )
+            table.meta.update(self.meta)
+            return table
+        table = parts[0] if len(parts) == 1 else vstack(parts, metadata_conflicts="silent")
+        table.sort("_order")
+        table.remove_column("_order")
+        table["group"] = self.group
+        table["blendedness"], table["purity"] = self._overlaps()
+        table.meta.update({k: v for k, v in self.meta.items() if k != "errors" or v})
+        return table
+
+    def _fits(self, rows: np.ndarray) -> FitResult:
+        """Sources of one model as fits of single galaxies."""
+        model = self.models[rows[0]]
+        size = len(model.param_names)
+        params = np.full((len(rows), size), np.nan)
+        cov = np.full((len(rows), size, size), np.nan)
+        place = {int(k): i for i, k in enumerate(rows)}
+        for group in self._groups:
+            first = 0
+            for k in group.members:
+                end = first + len(self.models[k].param_names)
+                if k in place and self._sources[k].params is not None:
+                    params[place[k]] = self._sources[k].params
+                    if group.cov is not None:
+                        cov[place[k]] = group.cov[first:end, first:end]
+                first = end
+        return FitResult(
+            model=model,
+            params=params,
+            cov=cov,
+            background=np.empty((len(rows), 0)),
+            background_cov=np.empty((len(rows), 0, 0)),
+            chi2=self.chi2[rows],
+            dof=self.dof[rows],
+            flags=self.flags[rows],
+            n_iter=self.n_iter[rows],
+            origin=np.zeros((len(rows), 2), dtype=int),
+            shapes=np.tile(self.data.shape, (len(rows), 1)),
+            ids=self.ids[rows],
+            data_unit=self.data_unit,
+            wcs=self.wcs,
+            psf=self.psf,
+        )
+
+
+def _draws(models, centre: np.ndarray, cov: np.ndarray, normal: np.ndarray) -> np.ndarray:
+    """Parameters (n, D) of all sources of a group, of standard normal numbers (1, n, D)."""
+    from galmorph.posterior import _Unbounded
+
+    joint = _Unbounded((), len(centre))
+    first = 0
+    for model in models:
+        own = _Unbounded(tuple(model.param_names), len(model.param_names))
+        joint.positive += [first + i for i in own.positive]
+        joint.share += [first + i for i in own.share]
+        joint.pairs += [(first + e, first + t) for e, t in own.pairs]
+        first += own.size
+    middle, spread = joint.moments(centre[None], cov[None])
+    value, vector = np.linalg.eigh(spread)
+    factor = vector * np.sqrt(np.clip(value, 0, None))[:, None]
+    return joint.back(middle[:, None] + normal @ factor.transpose(0, 2, 1), centre[None])[0]
+
+
+def deblend(
+    image: Any,
+    sources: Any,
+    *,
+    model: GalaxyModel | Sequence[GalaxyModel] | None = None,
+    fitter: Any = None,
+    uncertainty: Any = None,
+    mask: Any = None,
+    psf: Any = None,
+    background: str = "none",
+    position_prior: float | np.ndarray = 1.0,
+    max_group: int = 8,
+    progress: bool | Callable[[int, int], None] = False,
+) -> SceneResult | list[SceneResult]:
+    """Separate overlapping sources by fitting all of them together.
+
+    Parameters
+    ----------
+    image : array, Quantity, NDData, HDU, path, or a list or cube of images
+        As for `galmorph.fit_images`; (N, ny, nx) or a list are N scenes, each of which has
+        its own sources.
+    sources : array (K, 2), SkyCoord, Table, SourceCatalog, SegmentationImage, Detection
+        Where the sources are: (x, y) in pixels or on the sky, the segments of an integer image,
+        or what `galmorph.detection.detect` found.  For N images a sequence of N of these.
+    model : GalaxyModel or sequence of K of them, optional
+        For all, or one a source; by default ``LearnedGalaxy2D.from_pretrained()``.  Their
+        bounds, fixed parameters and priors hold.
+    fitter : MAPFitter, optional
+        Its priors, noise, precision and device are used.  By default a `MAPFitter`, with
+        `~galmorph.noise.LearnedNoise` if there is a learned model.
+    uncertainty, mask, psf
+        As for `galmorph.fit_images`.  Noise that is not given is estimated, and the sources are
+        flagged.  Without a PSF the models are integrated over the pixels; see
+        `galmorph.detection.estimate_psf`.
+    background : {"none", "constant", "tilted"}, optional
+        What is fitted under all sources (of a group).
+    position_prior : float or array (K,), optional
+        Standard deviation, in pixels, of the true centres about the positions given; 0 holds
+        them.
+    max_group : int, optional
+        So many sources at most are fitted together; the others' light is taken away, in
+        turns until nothing changes.
+    progress : bool or callable, optional
+        Show a bar, or call ``progress(done, total)``, with numbers of sources.
+
+    Returns
+    -------
+    SceneResult, or list of N of them for a cube or list
+
+    Raises
+    ------
+    TypeError, ValueError
+        If the arguments are not what is described above, or a point source has no PSF.
+
+    Notes
+    -----
+    The posterior of all parameters of all sources is maximised by Levenberg-Marquardt steps
+    on the joint normal equations, batched over groups that are alike; each source
+    is first looked at with the light of its neighbours taken away by symmetry.  The
+    covariance is that of Laplace's approximation, for all sources of a group jointly.
+
+    One bad source is flagged, and the others are fitted: see ``flags`` and
+    ``meta["errors"]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from galmorph import PSF, SersicGalaxy2D
+    >>> from galmorph.deblending import deblend
+    >>> y, x = np.mgrid[-9:10, -9:10]
+    >>> psf = PSF(np.exp(-0.5 * (x**2 + y**2) / 1.3**2))
+    >>> one = SersicGalaxy2D(500, 18, 20, r_eff=3, n=1.5, psf=psf).render((41, 41))
+    >>> two = SersicGalaxy2D(300, 24, 22, r_eff=2, psf=psf).render((41, 41))
+    >>> image = one + two + np.random.default_rng(1).normal(0, 0.3, (41, 41))
+    >>> result = deblend(
+    ...     image, [(18, 20), (24, 22)], model=SersicGalaxy2D(), psf=psf, uncertainty=0.3
+    ... )
+    >>> pull = (result.flux - [500, 300]) / result.flux_err
+    >>> bool(np.all(np.abs(pull) < 4))
+    True
+    >>> bool(np.allclose(result.deblended_images.sum(0), image))
+    True
+    """
+    from galmorph._scenes import read_scenes, solve_scenes
+
+    if background not in BACKGROUND_TERMS:
+        raise ValueError(f"background must be one of {list(BACKGROUND_TERMS)}, not {background!r}")
+    if int(max_group) != max_group or max_group < 1:
+        raise ValueError(f"max_group must be a positive integer, not {max_group!r}")
+    if model is None:
+        from galmorph.models.learned import LearnedGalaxy2D
+
+        model = LearnedGalaxy2D.from_pretrained()
+    scenes, single = read_scenes(
+        image,
+        sources,
+        models=model,
+        uncertainty=uncertainty,
+        mask=mask,
+        psf=psf,
+        position_prior=position_prior,
+    )
+    fitter = _checked_fitter(fitter, scenes)
+    started = time.perf_counter()
+    with _reporter(progress, sum(len(scene.xy) for scene in scenes)) as report:
+        solve_scenes(scenes, fitter, background, int(max_group), report)
+    seconds = time.perf_counter() - started
+    results = [_result(scene, fitter, background, seconds, len(scenes)) for scene in scenes]
+    return results[0] if single else results
+
+
+def _checked_fitter(fitter: Any, scenes: list[Any]) -> Any:
+    from galmorph.fitting import MAPFitter
+    from galmorph.models.learned import LearnedGalaxy2D
+    from galmorph.noise import LearnedNoise
+
+    if fitter is None:
+        learned = any(isinstance(m, LearnedGalaxy2D) for s in scenes for m in s.models)
+        return MAPFitter(noise=LearnedNoise() if learned else None)
+    if type(fitter) is not MAPFitter:
+        raise TypeError(
+            f"scenes are fitted by a MAPFitter, not {type(fitter).__name__}; "
+            "SceneResult.sample draws from the posterior"
+        )
+    return fitter
+
+
+def _result(scene, fitter, background: str, seconds: float, count: int) -> SceneResult:
+    import astropy
+
+    import galmorph
+
+    sources = scene.sources
+    return SceneResult(
+        models=list(scene.models),
+        xy=scene.xy,
+        ids=np.asarray(scene.ids),
+        flags=np.array([s.flags for s in sources], dtype=np.int32),
+        group=np.array([s.group for s in sources], dtype=int),
+        chi2=np.array([s.chi2 for s in sources], dtype=float),
+        dof=np.array([s.dof for s in sources], dtype=int),
+        n_iter=np.array([s.n_iter for s in sources], dtype=int),
+        data=scene.data,
+        inv_sigma=scene.inv_sigma,
+        psf=scene.psf,
+        wcs=scene.wcs,
+        data_unit=scene.unit,
+        meta={
+            "galmorph": galmorph.__version__,
+            "astropy": astropy.__version__,
+            "numpy": np.__version__,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "models": sorted({type(m).__name__ for m in scene.models}),
+            "fitter": describe(fitter),
+            "images": scene.name,
+            "background": background,
+            "sources": len(sources),
+            "groups": len(scene.groups),
+            "seconds": round(seconds, 3),  # of the call
+            "scenes": count,
+            "errors": dict(scene.errors),
+        },
+        _sources=sources,
+        _groups=scene.groups,
+        _background=background,
+    )
