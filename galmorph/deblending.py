@@ -523,8 +523,8 @@ def deblend(
         For all, or one a source; by default ``LearnedGalaxy2D.from_pretrained()``.  Their
         bounds, fixed parameters and priors hold.
     fitter : MAPFitter, optional
-        Its priors, noise, precision and device are used.  By default a `MAPFitter`, with
-        `~galmorph.noise.LearnedNoise` if there is a learned model.
+        Its priors, noise, precision and device are used.  `~galmorph.noise.LearnedNoise` adds
+        what a learned model knows of its own misfit.
     uncertainty, mask, psf
         As for `galmorph.fit_images`.  Noise that is not given is estimated, and the sources are
         flagged.  Without a PSF the models are integrated over the pixels; see
@@ -597,7 +597,7 @@ def deblend(
         psf=psf,
         position_prior=position_prior,
     )
-    fitter = _checked_fitter(fitter, scenes)
+    fitter = _checked_fitter(fitter)
     started = time.perf_counter()
     with _reporter(progress, sum(len(scene.xy) for scene in scenes)) as report:
         solve_scenes(scenes, fitter, background, int(max_group), report)
@@ -606,14 +606,11 @@ def deblend(
     return results[0] if single else results
 
 
-def _checked_fitter(fitter: Any, scenes: list[Any]) -> Any:
+def _checked_fitter(fitter: Any) -> Any:
     from galmorph.fitting import MAPFitter
-    from galmorph.models.learned import LearnedGalaxy2D
-    from galmorph.noise import LearnedNoise
 
     if fitter is None:
-        learned = any(isinstance(m, LearnedGalaxy2D) for s in scenes for m in s.models)
-        return MAPFitter(noise=LearnedNoise() if learned else None)
+        return MAPFitter()
     if type(fitter) is not MAPFitter:
         raise TypeError(
             f"scenes are fitted by a MAPFitter, not {type(fitter).__name__}; "
