@@ -307,11 +307,6 @@ class GalaxyClassifier:
         self._reference = reference if len(reference) else None
         return self
 
-    def with_encoder(self, encoder: Any) -> GalaxyClassifier:
-        """The same classes, with latents of another encoder of the same kind."""
-        self.encoder = encoder
-        return self
-
     # -- what it says of galaxies ----------------------------------------------------------
 
     def predict_proba(self, images: Any, **options: Any) -> np.ndarray:

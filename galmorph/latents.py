@@ -235,6 +235,11 @@ class NetworkLatents:
         """Means (B, d) and covariances (B, d, d) of a batch of stamps."""
         import torch
 
+        shape = tuple(batch.data.shape[1:])
+        if self.vae.image_shape not in (None, shape):
+            raise ValueError(
+                f"this network takes images of the shape {self.vae.image_shape}, not {shape}"
+            )
         data, weight = (
             torch.as_tensor(a, dtype=torch.float32) for a in (batch.data, batch.inv_sigma)
         )
@@ -332,10 +337,10 @@ def measure_latents(
 def _as_encoder(encoder: Any) -> Any:
     if encoder is None:
         return Morphology.from_pretrained()
+    if callable(getattr(encoder, "encode", None)):  # a network's own posterior takes tensors
+        return NetworkLatents(encoder)
     if callable(getattr(encoder, "posterior", None)):
         return encoder
-    if callable(getattr(encoder, "encode", None)):
-        return NetworkLatents(encoder)
     if isinstance(encoder, str) and encoder == "fit":
         raise ValueError('encoder="fit" takes the result of a fit of LearnedGalaxy2D')
     raise TypeError(f"encoder must have a method posterior or encode, {encoder!r} has none")

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from galmorph import FitFlag, GalaxyClassifier, MAPFitter, SersicGalaxy2D, fit_images
+from galmorph import (
+    EncoderFitter,
+    FitFlag,
+    GalaxyClassifier,
+    GalaxyVAE,
+    LearnedGalaxy2D,
+    MAPFitter,
+    SersicGalaxy2D,
+    fit_images,
+)
 from galmorph.classification import choose_n_components
 from galmorph.latents import Latents, Morphology, measure_latents, nearest
 
@@ -132,6 +141,28 @@ def test_of_a_fit_and_of_its_images(stamps):
         measure_latents(result, uncertainty=1.0)
     with pytest.raises(ValueError, match="has no latents"):
         measure_latents(result, encoder="fit")
+
+
+def test_latents_of_any_network(stamps):
+    vae = GalaxyVAE.from_pretrained("beta_vae")
+    latents = measure_latents(stamps[:5], encoder=vae, uncertainty=1.0)
+    mean, std = vae.latents(stamps[:5])
+    assert np.allclose(latents.mean, mean, atol=1e-5)
+    assert np.allclose(np.sqrt(np.diagonal(latents.cov, axis1=1, axis2=2)), std, rtol=1e-4)
+    classes = GalaxyClassifier(2, encoder=vae, calibration=0.0, rng=1)
+    told = classes.fit(stamps[:5], uncertainty=1.0).predict(stamps[:5], uncertainty=1.0)
+    assert set(told) <= {0, 1}
+    with pytest.raises(ValueError, match="takes images of the shape"):
+        measure_latents(stamps[:1, 1:], encoder=vae, uncertainty=1.0)
+
+
+def test_latents_of_a_fit(stamps):
+    result = fit_images(
+        stamps[:3], LearnedGalaxy2D.from_pretrained(), EncoderFitter(), uncertainty=1.0
+    )
+    latents = measure_latents(result, encoder="fit")
+    assert np.array_equal(latents.mean, result.params[:, 5:])
+    assert np.array_equal(latents.cov, result.cov[:, 5:, 5:])
 
 
 def test_outliers_have_calibrated_probabilities():
