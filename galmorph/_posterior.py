@@ -13,12 +13,12 @@ about the fitted values that hold 68.27 %; correlations are from the second mome
 
 from __future__ import annotations
 
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
+
+from galmorph._quadrature import normal_points
 
 if TYPE_CHECKING:
     from galmorph._batchfit import Solver
@@ -43,19 +43,6 @@ _TOLERANCE = 0.1
 def wrap_axis(angle: torch.Tensor) -> torch.Tensor:
     """The angle of an axis, in [-pi/2, pi/2)."""
     return torch.remainder(angle + torch.pi / 2, torch.pi) - torch.pi / 2
-
-
-@lru_cache(maxsize=16)
-def _normal_points(size: int, count: int = _POINTS) -> torch.Tensor:
-    """Points (S, size) that stand for a normal distribution: fixed, even, with its moments."""
-    from scipy.special import ndtri
-    from scipy.stats import qmc
-
-    points = qmc.Sobol(size, scramble=True, rng=20261121).random(count // 2)
-    half = ndtri(np.clip(points, 1e-6, 1 - 1e-6))
-    z = np.concatenate([half, -half])
-    root = np.linalg.cholesky(np.linalg.inv(z.T @ z / len(z)))
-    return torch.as_tensor(z @ root, dtype=_WIDE)
 
 
 def posterior_covariance(
@@ -83,7 +70,7 @@ def posterior_covariance(
     """
     setup = solve.setup
     inverse, _, bad = _invert(result.hessian)
-    z = _normal_points(inverse.shape[1]).to(inverse.device)
+    z = torch.tensor(normal_points(_POINTS, inverse.shape[1]), device=inverse.device)
     own = (params, scale, solve.lower, solve.upper)
     offset, weight, mass = _carry_over(solve, result, inverse, own, z)
     bad |= ((weight > 0).sum(1) < _LEAST) | (mass <= _NOTHING)
@@ -187,7 +174,7 @@ def _node(solve, node, own, index, best_cost, width):
     inverse, log_det, bad = _invert(hessian)
     inverse[:, index, index] = 0.0
     # between the nodes the rest follows as the curvature says
-    z = _normal_points(hessian.shape[1], _POINTS // 2).to(hessian.device)
+    z = torch.tensor(normal_points(_POINTS // 2, hessian.shape[1]), device=hessian.device)
     between = (torch.special.ndtr(z[:, index]) - 0.5) * _SPACING
     shift = width[:, None, None] * between[None, :, None]
     shift = shift * _response(node.hessian, index)[:, None]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from astropy.table import QTable
 
+from galmorph._quadrature import normal_points
 from galmorph.latents import Latents, _roots, measure_latents
 
 __all__ = ["GalaxyClassifier", "choose_n_components"]
@@ -327,7 +328,7 @@ class GalaxyClassifier:
         latents = self._latents(images, options)
         proba = np.full((len(latents), len(self.weights_)), np.nan)
         rows = np.flatnonzero(latents.good)
-        points = _normal_points(latents.mean.shape[1])
+        points = normal_points(_POINTS, latents.mean.shape[1])
         for start in range(0, len(rows), _CHUNK // len(points)):
             here = rows[start : start + _CHUNK // len(points)]
             part = latents[here]
@@ -541,13 +542,3 @@ def _full(mixture: Any, d: int) -> np.ndarray:
     if mixture.covariance_type == "spherical":
         return covariances[:, None, None] * np.eye(d)
     return covariances
-
-
-def _normal_points(d: int) -> np.ndarray:
-    """Points (S, d) that stand for a standard normal: the same for every galaxy, mean zero."""
-    from scipy.stats import norm, qmc
-
-    uniform = qmc.Sobol(d, scramble=True, rng=np.random.default_rng(0)).random(_POINTS // 2)
-    half = norm.ppf(uniform.clip(1e-6, 1 - 1e-6))
-    points = np.concatenate([half, -half])
-    return points / np.sqrt((points**2).mean(0))

@@ -18,6 +18,7 @@ from galmorph.models.bulge_disk import BulgeDiskGalaxy2D
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.models.sersic import SersicGalaxy2D
 from galmorph.psf import PSF, cached_radius
+from galmorph.simulate import _arcsec, observe
 
 __all__ = [
     "MockField",
@@ -153,7 +154,7 @@ def draw_galaxies(
     """
     rng = np.random.default_rng(rng)
     shape = _check_shape(shape)
-    scale = _arcsec(pixel_scale)
+    scale = float(_arcsec(pixel_scale, "pixel_scale"))
     given = np.asarray(magnitudes, dtype=float)
     if given.shape == (2,) and n != 2:
         if not given[0] < given[1]:
@@ -254,13 +255,6 @@ def _power_law(limits: np.ndarray, slope: float, n: int, rng: np.random.Generato
 
 def _has_unit(value: Any) -> bool:
     return isinstance(value, u.Quantity)
-
-
-def _arcsec(scale: Any) -> float:
-    value = float(scale.to_value(u.arcsec) if _has_unit(scale) else scale)
-    if not 0 < value < np.inf:
-        raise ValueError(f"pixel_scale must be positive, not {scale!r}")
-    return value
 
 
 # -- light without a telescope ------------------------------------------------------------
@@ -376,7 +370,7 @@ def to_galsim(
     params[:, 1:3] = half
     image = fine.render((2 * half + 1, 2 * half + 1), params=params)[0]
     return galsim.InterpolatedImage(
-        galsim.Image(image, scale=_arcsec(pixel_scale) / oversampling),
+        galsim.Image(image, scale=float(_arcsec(pixel_scale, "pixel_scale")) / oversampling),
         flux=float(params[0, 0]),
         normalization="flux",
         gsparams=gsparams,
@@ -424,8 +418,6 @@ def mock_stamps(
     >>> mock_stamps(model, params, (41, 41), rms=0.5, rng=2).data.shape
     (4, 41, 41)
     """
-    from galmorph.simulate import observe
-
     shape = _check_shape(shape)
     params = np.array(params, dtype=float, ndmin=2)
     params[:, 1:3] += (np.array(shape[::-1]) - 1) // 2 - np.rint(params[:, 1:3])
@@ -657,7 +649,7 @@ def field_wcs(
     wcs.wcs.ctype = "RA---TAN", "DEC--TAN"
     wcs.wcs.crval = center
     wcs.wcs.crpix = (shape[1] + 1) / 2, (shape[0] + 1) / 2
-    step = _arcsec(pixel_scale) / 3600.0
+    step = float(_arcsec(pixel_scale, "pixel_scale")) / 3600.0
     wcs.wcs.cdelt = -step, step
     wcs.wcs.radesys = "ICRS"
     return wcs
@@ -699,7 +691,7 @@ def truth_table(
     >>> truth_table(model, params)["r_eff_arcsec"].unit
     Unit("arcsec")
     """
-    scale = _arcsec(pixel_scale)
+    scale = float(_arcsec(pixel_scale, "pixel_scale"))
     table = QTable()
     table["id"] = np.arange(1, len(params) + 1, dtype=np.int32)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -820,7 +812,7 @@ def mock_field(
         catalog["snr"] = power / np.float64(noise.empty)
     catalog["n_pixels"] = np.bincount(segmentation.ravel(), minlength=len(params) + 1)[1:]
     meta = {"rms": rms, "gain": gain, "sky": sky, "magzero": zero_point}
-    meta |= {"model": type(model).__name__, "pixscale": _arcsec(pixel_scale)}
+    meta |= {"model": type(model).__name__, "pixscale": float(_arcsec(pixel_scale, "pixel_scale"))}
     return MockField(
         data=data,
         uncertainty=uncertainty,

@@ -20,6 +20,8 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from galmorph._quadrature import normal_points
+
 from .conditions import Conditions
 from .likelihood import ConstantScale, DiagonalNormal
 
@@ -585,7 +587,7 @@ class GalaxyVAE(nn.Module):
         exact = copy.deepcopy(self).double().eval()
         prior = exact.prior()
         log_weight = prior.mixture_distribution.logits.log_softmax(-1)
-        points = _normal_points(128, self.latent_size).to(log_weight)[:, None]
+        points = torch.tensor(normal_points(128, self.latent_size)).to(log_weight)[:, None]
         found = np.empty((len(array), len(log_weight)))
         with torch.no_grad():
             for rows in _chunks(len(array), chunk):
@@ -742,13 +744,6 @@ def _moved(distribution: Distribution, noise: Tensor) -> Tensor:
 
 def _is_diagonal(distribution: Distribution) -> bool:
     return isinstance(distribution, Independent) and isinstance(distribution.base_dist, Normal)
-
-
-def _normal_points(n: int, size: int) -> Tensor:
-    """Points (n, d) that stand for N(0, I), always the same, each with its opposite."""
-    uniform = torch.quasirandom.SobolEngine(size, scramble=True, seed=0).draw(n // 2)
-    half = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))
-    return torch.cat([half, -half])
 
 
 def _from_prior(prior: Distribution, n: int, classes: Any) -> Tensor:
