@@ -154,7 +154,10 @@ def compared(say: Report, galaxies: list[Galaxies], args: argparse.Namespace) ->
                 told[good] = mixture.predict(values)
                 named[f"{name}, {k} refitted" if name == "galmorph" else f"{name} + mixture"] = told
     say("\nClasses against labels (adjusted Rand index and normalised mutual information)")
-    for title, rows in (("galaxies that were not trained on", unseen), ("all", unseen | True)):
+    for title, rows in (
+        ("galaxies that were not trained on", unseen),
+        ("all", np.ones_like(unseen)),
+    ):
         say(f"\n  {title:36s} Hubble: NMI     ARI     spiral: NMI     ARI    classes")
         for name, classes in named.items():
             found = [
@@ -313,8 +316,7 @@ def speed(say: Report, galaxies: list[Galaxies], count: int) -> None:
     """A memory map of many stamps, one core."""
     import tempfile
 
-    stamps = galaxies[0].linear()[:1000]
-    stamps = stamps[:, 21:85, 21:85]
+    stamps = unstretch(galaxies[0].grey[:1000, 21:85, 21:85])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stamps.npy"
         cube = np.lib.format.open_memmap(path, "w+", "f4", (count, 64, 64))
@@ -346,12 +348,12 @@ def main() -> None:
     torch.set_num_threads(1)
     say = Report("Classes without labels")
     galaxies = read(args.data)
+    if "speed" in args.parts:  # first: what the other parts need would hide what this needs
+        speed(say, galaxies, args.stamps)
     if "compared" in args.parts:
         compared(say, galaxies, args)
     if "nuisances" in args.parts:
         nuisances(say, galaxies)
-    if "speed" in args.parts:
-        speed(say, galaxies, args.stamps)
     say.write(args.out)
 
 

@@ -1,7 +1,8 @@
 """Train the network that `galmorph.GalaxyClassifier` sees galaxies with, and its classes.
 
     python benchmarks/train_classes.py views --data FOLDER --out views.npz
-    python benchmarks/train_classes.py train --views views.npz --out morphology.safetensors
+    python benchmarks/train_classes.py train --views views.npz --out morphology.encoder
+    python benchmarks/train_classes.py classes --data FOLDER --out default.classes
 
 Without labels.  Each galaxy is seen several times: turned, mirrored, moved, enlarged, blurred, with
 more noise, with a companion.  Views of one galaxy are to be told from those of all others (SimCLR:
@@ -19,11 +20,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _common import RESULTS, Report
 from astropy.io import fits
 from sklearn.decomposition import PCA
 from torch import nn
 
-from galmorph.latents import Morphology
+from galmorph import GalaxyClassifier
+from galmorph.classification import choose_n_components
+from galmorph.latents import Latents, Morphology, measure_latents
 from galmorph.nets.learned import noise_of
 from galmorph.nets.morphology import ANGLES, RADII, MorphologyEncoder, look
 from galmorph.sdss import unstretch
@@ -35,6 +39,19 @@ HELD_OUT = 0.1
 # least noise, as a fraction of the grey level that counts as 1
 _FLOOR = 0.3 / 255
 _BATCH = 256
+#: Names of the classes, by their share: seen afterwards, on sheets of galaxies.
+NAMES = (
+    "structured disc",
+    "smooth disc",
+    "smooth, concentrated",
+    "disc with bulge",
+    "elliptical or lenticular",
+    "thin or faint",
+)
+ABOUT = {
+    "training_data": "Galaxy Zoo 2 and EFIGI (SDSS, asinh stretch with Q = 9 undone)",
+    "licence": "BSD-3-Clause",
+}
 
 
 def held_out(count: int) -> np.ndarray:
@@ -164,7 +181,7 @@ def trained_without_labels(polars, scalars, rows, args) -> MorphologyEncoder:
     factor = partial(
         learning_rate_factor, n_steps=args.epochs * steps, schedule="cosine", warmup=200
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: factor(k))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     same = torch.arange(2 * args.batch).roll(args.batch)
     started = time.time()
     for epoch in range(args.epochs):
@@ -262,9 +279,34 @@ def train(args: argparse.Namespace) -> None:
     Morphology(final).write(args.out, metadata=about)
 
 
+# -- classes -------------------------------------------------------------------------------
+
+
+def make_classes(args: argparse.Namespace) -> None:
+    """The mixture that ships, of galaxies that were not held out, at their files' resolution."""
+    from classes import noise, read  # it needs what is above
+
+    say = Report("The number of classes")
+    galaxies = read(args.data)
+    seen = [
+        measure_latents(images, uncertainty=noise(images))
+        for images in (g.linear()[~g.unseen] for g in galaxies)
+    ]
+    latents = Latents(np.concatenate([s.mean for s in seen]), np.concatenate([s.cov for s in seen]))
+    say(f"{len(latents)} galaxies; BIC, and adjusted Rand index between fits to resampled galaxies")
+    table = choose_n_components(latents, range(4, 11), n_resamplings=4, rng=1)
+    for k, bic, stability, scatter in table.iterrows():
+        say(f"  {k:3d} classes   {bic:9.0f}   {stability:.2f} +- {scatter:.2f}")
+    classifier = GalaxyClassifier(args.components, n_init=10, rng=1).fit(latents)
+    if len(NAMES) == args.components:
+        classifier.class_names = list(NAMES)
+    classifier.write(args.out, metadata=ABOUT | {"galaxies": len(latents)})
+    say.write(RESULTS / "classes_number.txt")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("stage", choices=["views", "train"])
+    parser.add_argument("stage", choices=["views", "train", "classes"])
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--views", default="9", help="their number, or their file")
     parser.add_argument("--out", type=Path, required=True)
@@ -275,14 +317,17 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.15)
     parser.add_argument("--embedding", type=int, default=32)
     parser.add_argument("--latents", type=int, default=8)
+    parser.add_argument("--components", type=int, default=6)
     parser.add_argument("--start", type=Path, help="state of a run, to go on after its last epoch")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.stage == "views":
         args.views = int(args.views)
         make_views(args)
-    else:
+    elif args.stage == "train":
         train(args)
+    else:
+        make_classes(args)
 
 
 if __name__ == "__main__":

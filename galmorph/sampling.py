@@ -367,7 +367,7 @@ class ImportanceFitter(_PosteriorFitter):
 class NestedFitter(_PosteriorFitter):
     """Posteriors and evidence by nested sampling with dynesty, one galaxy after the other.
 
-    Slow (half a minute a galaxy), and exact where all else is in doubt.  Needs dynesty.
+    Slow (up to minutes a galaxy), and exact where all else is in doubt.  Needs dynesty.
 
     Parameters
     ----------
