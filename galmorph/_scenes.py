@@ -428,21 +428,53 @@ def solve_scenes(
     report: Callable[[int], None],
 ) -> None:
     """Fit all sources of all scenes; results are put in their sources and groups."""
+    setups = _setups(scenes, fitter, background)
+    for scene in scenes:
+        if scene.models:
+            make_groups(scene, setups[id(scene.models[0])], max_group)
+        _enrol(scene, setups)
+    totals = [_first_light(scene) if len(scene.groups) > 1 else None for scene in scenes]
+    _take_turns(scenes, totals, setups, fitter, background, report)
+
+
+def solve_again(
+    scenes: list[Scene],
+    fitter: Any,
+    background: str,
+    report: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Fit scenes from where they are, as after other models were given to some sources.
+
+    Groups without ``seen`` are fitted, and others if that changes what they see of them.
+    """
+    setups = _setups(scenes, fitter, background)
+    for scene in scenes:
+        _enrol(scene, setups)
+    totals = [_light(scene) for scene in scenes]
+    _take_turns(scenes, totals, setups, fitter, background, report)
+
+
+def _setups(scenes: list[Scene], fitter: Any, background: str) -> dict[int, Any]:
+    """Setups by the identity of models."""
     setups: dict[int, Any] = {}
     for scene in scenes:
         for model in scene.models:
             if id(model) not in setups:
                 setups[id(model)] = fitter._setup(model, background)
-    totals = []
-    for scene in scenes:
-        if scene.models:
-            make_groups(scene, setups[id(scene.models[0])], max_group)
-        for g, group in enumerate(scene.groups):
-            group.members = group.members[_by_model(scene, group, setups)]
-            for k in group.members:
-                scene.sources[k].group = g
-                scene.sources[k].box = group.box
-        totals.append(_first_light(scene) if len(scene.groups) > 1 else None)
+    return setups
+
+
+def _enrol(scene: Scene, setups: dict[int, Any]) -> None:
+    """Tell sources which group they are in."""
+    for g, group in enumerate(scene.groups):
+        group.members = group.members[_by_model(scene, group, setups)]
+        for k in group.members:
+            scene.sources[k].group = g
+            scene.sources[k].box = group.box
+
+
+def _take_turns(scenes, totals, setups, fitter, background, report) -> None:
+    """Fit all groups, with the light of others (in ``totals``) taken away, until they agree."""
     for turn in range(_ROUNDS):
         tasks = [
             task
