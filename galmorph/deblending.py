@@ -7,7 +7,7 @@ is known of each flux allows for what is not known of its neighbours.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -46,6 +46,13 @@ class SceneResult:
     psf : PSF or None
     wcs : celestial WCS or None
     data_unit : `~astropy.units.Unit` or None
+    candidates : tuple of M str
+        Names of the models that there was to choose from, if any.
+    log_evidence : array, shape (K, M), or None
+        Natural logarithm of their evidence, the neighbours' models being taken away; NaN where
+        it could not be found.
+    model_prior : array, shape (M,), or None
+        Their probabilities before the fit.
     meta : dict
         Provenance: versions, date, models, fitter, options, errors.
 
@@ -88,6 +95,9 @@ class SceneResult:
     psf: Any = None
     wcs: Any = None
     data_unit: Any = None
+    candidates: tuple[str, ...] = ()
+    log_evidence: np.ndarray | None = None
+    model_prior: np.ndarray | None = None
     meta: dict = field(default_factory=dict)
     _sources: list[Any] = field(default_factory=list)
     _groups: list[Any] = field(default_factory=list)
@@ -182,6 +192,18 @@ class SceneResult:
         """True where the parameters must not be used, shape (K,)."""
         blank = [s.params is None or not np.isfinite(s.params).all() for s in self._sources]
         return ((self.flags & int(FitFlag.FAILED)) != 0) | np.array(blank, dtype=bool)
+
+    @property
+    def probability(self) -> np.ndarray | None:
+        """Probability of each candidate, shape (K, M); None if there was no choice."""
+        if self.log_evidence is None:
+            return None
+        with np.errstate(divide="ignore"):
+            score = self.log_evidence + np.log(self.model_prior)
+        top = np.where(np.isfinite(score), score, -np.inf).max(1, keepdims=True)
+        share = np.exp(np.where(np.isfinite(top), score - top, np.nan))
+        share = np.where(np.isfinite(top), np.nan_to_num(share), np.nan)
+        return share / share.sum(1, keepdims=True)
 
     def sample(
         self, n: int, rng: np.random.Generator | int | None = None
@@ -439,6 +461,9 @@ class SceneResult:
         table.remove_column("_order")
         table["group"] = self.group
         table["blendedness"], table["purity"] = self._overlaps()
+        if self.candidates:
+            for name, values in zip(self.candidates, self.probability.T, strict=True):
+                table[f"p_{name}"] = values
         table.meta.update({k: v for k, v in self.meta.items() if k != "errors" or v})
         return table
 
@@ -499,13 +524,15 @@ def deblend(
     image: Any,
     sources: Any,
     *,
-    model: GalaxyModel | Sequence[GalaxyModel] | None = None,
+    model: GalaxyModel | Sequence[GalaxyModel] | Mapping[str, GalaxyModel] | None = None,
     fitter: Any = None,
     uncertainty: Any = None,
     mask: Any = None,
     psf: Any = None,
     background: str = "none",
     position_prior: float | np.ndarray = 1.0,
+    model_prior: Mapping[str, float] | None = None,
+    psf_error: float = 0.03,
     max_group: int = 8,
     progress: bool | Callable[[int, int], None] = False,
 ) -> SceneResult | list[SceneResult]:
@@ -519,9 +546,10 @@ def deblend(
     sources : array (K, 2), SkyCoord, Table, SourceCatalog, SegmentationImage, Detection
         Where the sources are: (x, y) in pixels or on the sky, the segments of an integer image,
         or what `galmorph.detection.detect` found.  For N images a sequence of N of these.
-    model : GalaxyModel or sequence of K of them, optional
+    model : GalaxyModel, sequence of K of them, or mapping of str to GalaxyModel, optional
         For all, or one a source; by default ``LearnedGalaxy2D.from_pretrained()``.  Their
-        bounds, fixed parameters and priors hold.
+        bounds, fixed parameters and priors hold.  Of a mapping, as ``{"star":
+        PointSource2D(), "galaxy": SersicGalaxy2D()}``, each source gets the most probable.
     fitter : MAPFitter, optional
         Its priors, noise, precision and device are used.  `~galmorph.noise.LearnedNoise` adds
         what a learned model knows of its own misfit.
@@ -534,6 +562,11 @@ def deblend(
     position_prior : float or array (K,), optional
         Standard deviation, in pixels, of the true centres about the positions given; 0 holds
         them.
+    model_prior : mapping of str to float, optional
+        Probabilities of the models of a mapping before the fit; by default equal.
+    psf_error : float, optional
+        Error of the PSF relative to its value, pixel by pixel, that is allowed for in the
+        choice between models.  Without it bright stars would be galaxies.
     max_group : int, optional
         So many sources at most are fitted together; the others' light is taken away, in
         turns until nothing changes.
@@ -555,6 +588,11 @@ def deblend(
     on the joint normal equations, batched over groups that are alike; each source
     is first looked at with the light of its neighbours taken away by symmetry.  The
     covariance is that of Laplace's approximation, for all sources of a group jointly.
+
+    Models are chosen by Laplace's approximation to the evidence of each source alone, its
+    neighbours' models being taken away.  Half-light radii have a prior about that of the
+    PSF, and a star is compared as a profile too small to be told from a point by a PSF
+    that is not quite right: a tenth of the FWHM, give or take half of that.
 
     One bad source is flagged, and the others are fitted: see ``flags`` and
     ``meta["errors"]``.
@@ -578,6 +616,7 @@ def deblend(
     >>> bool(np.allclose(result.deblended_images.sum(0), image))
     True
     """
+    from galmorph._choice import choose_models
     from galmorph._scenes import read_scenes, solve_scenes
 
     if background not in BACKGROUND_TERMS:
@@ -588,10 +627,11 @@ def deblend(
         from galmorph.models.learned import LearnedGalaxy2D
 
         model = LearnedGalaxy2D.from_pretrained()
+    candidates = _candidates(model, model_prior, psf_error)
     scenes, single = read_scenes(
         image,
         sources,
-        models=model,
+        models=model if candidates is None else candidates.first,
         uncertainty=uncertainty,
         mask=mask,
         psf=psf,
@@ -601,9 +641,39 @@ def deblend(
     started = time.perf_counter()
     with _reporter(progress, sum(len(scene.xy) for scene in scenes)) as report:
         solve_scenes(scenes, fitter, background, int(max_group), report)
+        chosen = (
+            None if candidates is None else choose_models(scenes, candidates, fitter, background)
+        )
     seconds = time.perf_counter() - started
     results = [_result(scene, fitter, background, seconds, len(scenes)) for scene in scenes]
+    if chosen is not None:
+        for result, evidence in zip(results, chosen, strict=True):
+            result.candidates, result.log_evidence = candidates.names, evidence
+            result.model_prior = candidates.prior
     return results[0] if single else results
+
+
+def _candidates(model: Any, prior: Mapping[str, float] | None, psf_error: float) -> Any:
+    """What the models of a mapping are to be chosen by, else None."""
+    from galmorph._choice import Candidates
+
+    if not isinstance(model, Mapping):
+        if prior is not None:
+            raise ValueError("model_prior needs a mapping of models to choose from")
+        return None
+    if not model:
+        raise ValueError("there is no model to choose")
+    for name, one in model.items():
+        if not isinstance(name, str) or not isinstance(one, GalaxyModel):
+            raise TypeError(f"a mapping of names to galmorph models, not {name!r}: {one!r}")
+    if prior is not None and set(prior) != set(model):
+        raise ValueError(f"model_prior must name {', '.join(model)}, not {', '.join(prior)}")
+    share = np.array([1.0 if prior is None else float(prior[name]) for name in model])
+    if not (np.isfinite(share).all() and (share >= 0).all() and share.sum() > 0):
+        raise ValueError(f"model_prior must be probabilities, not {prior!r}")
+    if not 0 <= psf_error < 1:
+        raise ValueError(f"psf_error must be at least 0 and below 1, not {psf_error!r}")
+    return Candidates(dict(model), share / share.sum(), float(psf_error))
 
 
 def _checked_fitter(fitter: Any) -> Any:
