@@ -1,15 +1,23 @@
 """galmorph's images against GalSim's: relative flux error and per-pixel error over the peak.
 
 python benchmarks/rendering.py
+python benchmarks/rendering.py --learned [--latents FILE]
 
 Galaxies over n 0.5-6, r_eff 1-10 pixels, q 0.1-1, any angle and sub-pixel centre, 64x64 stamps,
 the Moffat PSF (beta 3, FWHM 3 pixels) and the unit pixel of simulate.py. The PSF is given to
 galmorph in several forms; the truth is always GalSim's own convolution of the analytic PSF.
+
+With --learned: learned galaxies, of the prior of the shipped network and of a file of fits
+("params", (N, 5 + d), .npz), against the same drawn with much finer samples, which are shown to
+be fine enough by others that are finer still.  Results are in results/rendering_learned.txt.
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
 
 from _common import RESULTS, Report, one_thread
 
@@ -22,6 +30,8 @@ N_GRID = (0.5, 1.0, 2.0, 4.0, 6.0)
 R_GRID = (1.0, 2.0, 4.0, 10.0)
 Q_GRID = (0.1, 0.3, 0.6, 1.0)
 TARGET = 1e-3
+LEARNED_R = (1.5, 3.0, 5.0, 8.0, 15.0)
+LEARNED_FWHM = (2.0, 3.0, 4.0)
 
 
 def grid(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -98,9 +108,19 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="also in single precision")
-    parser.add_argument("--out", default=None, help="default results/rendering.txt; '-' for none")
+    parser.add_argument("--learned", action="store_true", help="learned galaxies instead")
+    parser.add_argument("--latents", type=Path, help="fits of real galaxies, .npz, for --learned")
+    parser.add_argument("--n", type=int, default=200, help="learned galaxies of each kind")
+    parser.add_argument("--out", default=None, help="default results/rendering*.txt; '-' for none")
     args = parser.parse_args()
+    if args.learned:
+        learned(args)
+    else:
+        against_galsim(args)
 
+
+def against_galsim(args: argparse.Namespace) -> None:
+    """Models against GalSim's images."""
     import galmorph
 
     report = Report("Rendering against GalSim")
@@ -129,14 +149,101 @@ def main() -> None:
 
 
 def _row(name: str, image: np.ndarray, truth: np.ndarray, params: np.ndarray) -> str:
-    flux = np.abs(image.sum((1, 2)) / truth.sum((1, 2)) - 1)
-    pixel = np.abs(image - truth).max((1, 2)) / truth.max((1, 2))
+    flux, pixel = _errors(image, truth)
     worst = params[pixel.argmax()]
     verdict = "ok" if max(flux.max(), pixel.max()) < TARGET else "above the target"
     return (
         f"{name:40s} {flux.max():9.2e} {np.median(flux):9.2e} {pixel.max():9.2e} "
         f"{np.median(pixel):9.2e}  {worst[4]:g}, {worst[3]:g}, {1 - worst[5]:.1f}  {verdict}"
     )
+
+
+@contextmanager
+def finer(times: int):
+    """Learned galaxies drawn with samples this much closer together, and their totals too."""
+    from galmorph.rendering import canonical
+    from galmorph.rendering import learned as drawing
+    from galmorph.rendering import learned_model as model
+
+    canonical._nodes.cache_clear()
+    try:
+        with (
+            mock.patch.object(drawing, "_SAMPLES", drawing._SAMPLES * times**0.3),
+            mock.patch.object(model, "_SPACING", model._SPACING / times),
+            mock.patch.object(model, "_FINEST", model._FINEST * times),
+            mock.patch.object(canonical, "_RADII", 40 * (6 + times // 16)),
+            mock.patch.object(canonical, "_ANGLES", 16 * (6 + times // 16)),
+        ):
+            yield
+    finally:
+        canonical._nodes.cache_clear()
+
+
+def learned(args: argparse.Namespace) -> None:
+    """Learned galaxies against the same with finer samples."""
+    import galmorph
+
+    report = Report("Rendering of learned galaxies against much finer samples")
+    model = galmorph.LearnedGalaxy2D.from_pretrained()
+    rng = np.random.default_rng(args.seed)
+    kinds = {"prior": model.sample(args.n, rng)}
+    if args.latents is not None:
+        fits = np.load(args.latents)
+        good = np.isfinite(fits["params"]).all(1) & (fits["flags"] == 0)
+        rows = rng.choice(np.flatnonzero(good), args.n, replace=False)
+        kinds["real"] = fits["params"][rows].astype(float)
+    report(
+        f"{args.n} galaxies of each kind: drawn from the prior of the network that ships"
+        + (", and fitted to real galaxies" if args.latents is not None else "")
+    )
+    report(
+        f"random centres within half a pixel and angles (seed {args.seed}), {args.size}x"
+        f"{args.size} stamps, Gaussian PSFs; flux and pixel errors as shares of the flux and of "
+        "the peak"
+    )
+    report(
+        "converged: largest difference between samples 16 and 32 times as close (20 galaxies); "
+        f"beyond: share of galaxies with an error above {TARGET:g}"
+    )
+    for kind, params in kinds.items():
+        params[:, 0] = 1.0
+        params[:, 1:3] = 0.5 * (args.size - 1) + rng.uniform(-0.5, 0.5, (len(params), 2))
+        params[:, 4] = rng.uniform(-np.pi, np.pi, len(params))
+        report()
+        report(
+            f"{kind:5s}  r_50 FWHM   flux: median     95 %      max  beyond   pixel: median     "
+            "95 %      max  beyond   converged: flux    pixel"
+        )
+        for r in LEARNED_R:
+            params[:, 3] = r
+            for fwhm in LEARNED_FWHM:
+                report(f"{kind:5s} {r:5g} {fwhm:4g}   " + _learned_row(model, params, args, fwhm))
+    report.write(None if args.out == "-" else args.out or RESULTS / "rendering_learned.txt")
+
+
+def _learned_row(model, params: np.ndarray, args: argparse.Namespace, fwhm: float) -> str:
+    import galmorph
+
+    y, x = np.mgrid[:41, :41] - 20
+    psf = galmorph.PSF(np.exp(-4 * np.log(2) * (x**2 + y**2) / fwhm**2))
+    shape = (args.size, args.size)
+    image = model.render(shape, params=params, psf=psf)
+    with finer(16):
+        truth = model.render(shape, params=params, psf=psf)
+    with finer(32):
+        finest = model.render(shape, params=params[:20], psf=psf)
+    flux, pixel = _errors(image, truth)
+    parts = [
+        f"{np.median(e):9.1e} {np.percentile(e, 95):8.1e} {e.max():8.1e} {np.mean(e > TARGET):6.1%}"
+        for e in (flux, pixel)
+    ]
+    converged = (e.max() for e in _errors(truth[:20], finest))
+    return "     ".join(parts) + "          " + " ".join(f"{e:8.1e}" for e in converged)
+
+
+def _errors(image: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    flux = np.abs(image.sum((1, 2)) / truth.sum((1, 2)) - 1)
+    return flux, np.abs(image - truth).max((1, 2)) / truth.max((1, 2))
 
 
 if __name__ == "__main__":

@@ -296,7 +296,7 @@ def fit_learned_batch(
 
 
 class _Solver:
-    """Levenberg-Marquardt on a batch; galaxies that need the same sampling together."""
+    """Levenberg-Marquardt on a batch of galaxies."""
 
     def __init__(self, problem: _LearnedProblem, psf, shape: tuple[int, int]) -> None:
         self.problem, self.shape = problem, shape
@@ -313,38 +313,23 @@ class _Solver:
         rows = torch.arange(len(start), device=start.device) if rows is None else rows
         lower, upper = _bounds(self.problem, start, self.shape, middle, rows)
         start = torch.minimum(torch.maximum(start, lower), upper)
-        merged: dict[str, torch.Tensor] = {}
-        for here, problem in self._parts(start, rows):
-            found = levenberg_marquardt(
-                problem,
-                start[here],
-                lower=lower[here],
-                upper=upper[here],
-                max_iter=setup.max_iter,
-                tolerance=5e-2,
-                relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
-                window=max(1, min(setup.window, _WINDOW)),
-            )
-            for name, value in vars(found).items():
-                if name not in merged:
-                    merged[name] = value.new_empty((len(start), *value.shape[1:]))
-                merged[name][here] = value
-        return LeastSquaresResult(**merged)
+        problem = self.at(start, rows)
+        return levenberg_marquardt(
+            problem,
+            start,
+            lower=lower,
+            upper=upper,
+            max_iter=setup.max_iter,
+            tolerance=5e-2,
+            relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
+            window=max(1, min(setup.window, _WINDOW)),
+        )
 
-    def _parts(
-        self, u: torch.Tensor, rows: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, _LearnedProblem]]:
-        """Galaxies by the sampling that they need: places in ``u``, and their problem."""
+    def at(self, u: torch.Tensor, rows: torch.Tensor) -> _LearnedProblem:
+        """The problem of galaxies ``rows``, drawn as finely as they need at ``u``."""
         geometry, _ = self.problem.split(u)
-        need = sampling_for(geometry.r, geometry.q)
-        for sampling in need.unique().tolist():
-            here = torch.nonzero(need == sampling)[:, 0]
-            renderer = self._renderer(u[here], rows[here], int(sampling))
-            yield here, self.problem.rows(rows[here], renderer)
-
-    def _renderer(self, u: torch.Tensor, rows: torch.Tensor, sampling: int) -> LearnedRenderer:
         psf = self.psfs if len(self.psfs) < 2 else [self.psfs[i] for i in rows.tolist()]
-        return LearnedRenderer(
+        renderer = LearnedRenderer(
             self.shape,
             learned_transfer(
                 (psf[0] if len(psf) == 1 else psf) if psf else None,
@@ -353,8 +338,15 @@ class _Solver:
                 dtype=self.problem.data.dtype,
                 device=self.problem.data.device,
             ),
-            oversampling=sampling,
+            oversampling=sampling_for(geometry.r, geometry.q),
         )
+        return self.problem.rows(rows, renderer)
+
+    def _parts(
+        self, u: torch.Tensor, rows: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, _LearnedProblem]]:
+        """Places in ``u``, and the problem of these galaxies."""
+        yield torch.arange(len(u), device=u.device), self.at(u, rows)
 
 
 def _keep_better(result: LeastSquaresResult, other: LeastSquaresResult) -> None:

@@ -472,6 +472,76 @@ def test_gpu(name):
     assert np.abs(image - expected).max() < 1e-9 * expected.max()
 
 
+# -- learned galaxies ---------------------------------------------------------------------------
+
+
+def learned_with_structure(r_50):
+    """A galaxy with arms as sharp as the spline of the network can be, and a steep cusp."""
+    from galmorph import LearnedGalaxy2D
+    from galmorph.nets.learned import LearnedShape, galmorph_preset
+
+    torch.manual_seed(5)
+    vae = galmorph_preset(latent_dim=4)
+    with torch.no_grad():
+        rough = torch.randn(4, 1, 24, 24)
+        fine = torch.nn.functional.interpolate(rough, (48, 48), mode="bicubic", align_corners=True)
+        vae.decoder.draw.weight.copy_(0.3 * fine.flatten(1).T)
+    z = (0.7, 0.3, 1.0, -1.0)
+    return LearnedGalaxy2D(1.0, 16.3, 15.6, r_50, 0.6, *z, shape=LearnedShape(vae))
+
+
+@pytest.mark.parametrize("r_50", [1.2, 2.5, 5.0, 11.0])
+def test_learned_galaxy_by_brute_force(r_50):
+    """Pixels are sums over points, dense at the centre, of light times a Gaussian PSF."""
+    from galmorph.rendering.learned import REACH, canonical_light
+    from galmorph.rendering.learned_model import to_profile
+
+    galaxy, sigma = learned_with_structure(r_50), 1.1
+    image = galaxy.render((32, 32), psf=gaussian_psf(sigma, 25))
+    decoder = galaxy.shape.decoder(torch.float64)
+    with torch.no_grad():
+        geometry, flux, z = to_profile(decoder, torch.as_tensor(galaxy.parameters[None]))
+        # evenly spaced in angle, and in the root of the radius
+        root = (torch.arange(400, dtype=torch.float64) + 0.5) / 400
+        psi = 2 * np.pi * (torch.arange(360, dtype=torch.float64) + 0.5) / 360
+        u, psi = (a.flatten() for a in torch.meshgrid(REACH * root**2, psi, indexing="ij"))
+        points = torch.stack([u * torch.cos(psi), u * torch.sin(psi)], 1)
+        row = torch.zeros(len(u), dtype=torch.long)
+        whole, profile = canonical_light(geometry, points, row, decoder.coefficients(z))
+        area = 2 * REACH * root.repeat_interleave(360) / 400 * u * 2 * np.pi / 360
+        missed = (whole - profile) * area * geometry.r**2 * geometry.q * flux
+        x, y = (c[0].numpy() for c in geometry.from_canonical(points))
+    pixels = np.arange(32)
+    by_x, by_y = (
+        np.exp(-0.5 * ((pixels[:, None] - c) / sigma) ** 2) / (np.sqrt(2 * np.pi) * sigma)
+        for c in (x, y)
+    )
+    expected = (by_y * missed.numpy()) @ by_x.T
+    # where what is missed is nothing there is a Sérsic profile
+    n, q, r = (float(v[0]) for v in (geometry.n, geometry.q, geometry.r))
+    sersic = SersicGalaxy2D(float(flux[0]), 16.3, 15.6, r, n, 1 - q, 0.6)
+    expected += sersic.render((32, 32), psf=gaussian_psf(sigma, 25))
+    assert np.abs(image - expected).max() < 1e-3 * expected.max()
+    if r_50 < 3:  # the stamp holds what is missed
+        assert abs(image.sum() - expected.sum()) < 1e-3
+
+
+def test_learned_flux_of_a_large_image():
+    """The flux is the light of the image, whatever the structure and the sampling."""
+    psf = gaussian_psf(1.3)
+    for r_50 in (1.5, 3.0):
+        galaxy = learned_with_structure(r_50)
+        galaxy.x_0 = galaxy.y_0 = 120.0
+        image = galaxy.render((241, 241), psf=psf)
+        decoder = galaxy.shape.decoder(torch.float64)
+        n, _ = decoder.profile(torch.as_tensor(galaxy.parameters[None, 5:]))
+        # of the profile, which alone reaches so far, some is beyond
+        beyond = (
+            1 - SersicGalaxy2D(1, 120, 120, r_50, float(n[0]), 0).render((241, 241), psf=psf).sum()
+        )
+        assert abs(image.sum() - 1) < 1e-3 + 2 * beyond
+
+
 # -- the ends of the range ----------------------------------------------------------------------
 
 

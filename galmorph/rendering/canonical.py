@@ -12,7 +12,8 @@ from galmorph.rendering.sersic import sersic_table
 
 __all__ = ["light_and_radius", "light_and_radius_slopes"]
 
-_RADII, _ANGLES = 40, 32
+_RADII, _ANGLES = 96, 24
+_TURN = 0.5 * (np.sqrt(5.0) - 1.0)
 
 
 @lru_cache(maxsize=4)
@@ -20,7 +21,9 @@ def _nodes(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torc
     """Radii (K,), evenly spaced on the stretched grid, and points (K * A, 2) around them."""
     place = (torch.arange(_RADII, dtype=torch.float64) + 0.5) / _RADII
     u = torch.sinh(place * np.arcsinh(REACH))
-    psi = 2 * np.pi * (torch.arange(_ANGLES, dtype=torch.float64) + 0.5) / _ANGLES
+    # rings turned against each other: where one misses an arm the next does not
+    turn = _TURN * torch.arange(_RADII, dtype=torch.float64)[:, None]
+    psi = 2 * np.pi * (torch.arange(_ANGLES, dtype=torch.float64) + turn) / _ANGLES
     circle = torch.stack([torch.cos(psi), torch.sin(psi)], -1)
     points = (u[:, None, None] * circle).reshape(-1, 2)
     return u.to(dtype).to(device), points.to(dtype).to(device)

@@ -13,7 +13,7 @@ import torch
 
 from galmorph.psf import PSF
 from galmorph.rendering.canonical import light_and_radius, light_and_radius_slopes
-from galmorph.rendering.learned import Geometry, LearnedRenderer
+from galmorph.rendering.learned import ROUND, Geometry, LearnedRenderer
 from galmorph.rendering.transfer import Transfer, make_transfer
 
 if TYPE_CHECKING:
@@ -24,8 +24,11 @@ __all__ = ["learned_grid", "learned_points", "misfit_fraction", "profile_of", "t
 
 # pixels around the stamp in which what the profile misses is drawn
 MARGIN = 8
-# samples in the half-light radius, at least, and samples a pixel, at most
-_SAMPLES, _FINEST = 3.2, 6
+# steps, in pixels, of the distance from the middle by which the box is chosen
+_DRIFT = 4.0
+# spacing of the finest samples in half-light radii, at most, and samples a pixel, at least and
+# at most
+_SPACING, _COARSEST, _FINEST = 0.08, 2, 64
 
 
 def profile_of(
@@ -59,8 +62,11 @@ def to_profile(
 
 
 def sampling_for(r: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Samples a pixel for profiles of half-light radii and axis ratios (B,)."""
-    return torch.ceil(_SAMPLES / (r * q.sqrt()).clamp_min(1e-3)).clamp(1, _FINEST).long()
+    """Samples a pixel, at the centre, for profiles of half-light radii and axis ratios (B,)."""
+    need = 1.0 / (_SPACING * r * q**ROUND).clamp_min(1e-3)
+    return torch.exp2(
+        torch.ceil(torch.log2(need)).clamp(np.log2(_COARSEST), np.log2(_FINEST))
+    ).long()
 
 
 def learned_transfer(
@@ -72,8 +78,7 @@ def learned_transfer(
     device: str | torch.device,
 ) -> Transfer:
     """The transfer for galaxies at centres (B, 2), with room around the stamp."""
-    middle = centre.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
-    drift = (centre - middle).abs().amax(0).tolist()
+    drift = _drift(centre, shape).amax(0).tolist()
     return make_transfer(
         PSF(np.ones((1, 1)), includes_pixel=False) if psf is None else psf,
         shape,
@@ -82,6 +87,12 @@ def learned_transfer(
         dtype=dtype,
         device=device,
     )
+
+
+def _drift(centre: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """How far centres (B, 2) are from the middle along x and y, rounded up: few boxes will do."""
+    middle = centre.new_tensor([0.5 * (shape[1] - 1), 0.5 * (shape[0] - 1)])
+    return _DRIFT * torch.ceil((centre - middle).abs() / _DRIFT)
 
 
 def _draw(shape_, params, shape, psf, sampling, derivatives, device, dtype):
@@ -109,13 +120,20 @@ def _draw(shape_, params, shape, psf, sampling, derivatives, device, dtype):
 
 
 def _alike(
-    network: LearnedShape, params: np.ndarray, rows: np.ndarray, size: int
+    network: LearnedShape,
+    params: np.ndarray,
+    rows: np.ndarray,
+    shape: tuple[int, int],
+    size: int,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Galaxies that are sampled alike, some at a time: one is drawn the same in any company."""
-    geometry, _, _ = to_profile(network.decoder(torch.float64), torch.as_tensor(params[rows]))
-    need = sampling_for(geometry.r, geometry.q).numpy()
-    for sampling in np.unique(need):
-        same = rows[need == sampling]
+    """Galaxies drawn alike, in a box of one size, some at a time: the same in any company."""
+    own = torch.as_tensor(params[rows])
+    geometry, _, _ = to_profile(network.decoder(torch.float64), own)
+    need = sampling_for(geometry.r, geometry.q)
+    key = torch.cat([need[:, None].to(own), _drift(own[:, 1:3], shape)], 1).numpy()
+    groups, group = np.unique(key, axis=0, return_inverse=True)
+    for k, (sampling, *_) in enumerate(groups):
+        same = rows[group.ravel() == k]
         for i in range(0, same.size, size):
             yield int(sampling), same[i : i + size]
 
@@ -254,7 +272,7 @@ def learned_grid(
     usable = np.flatnonzero(np.isfinite(params).all(1))
     size = max(1, int(4e6 / (shape[0] * shape[1] * (params.shape[1] if derivatives else 4))))
     with torch.no_grad():
-        for sampling, rows in _alike(network, params, usable, size):
+        for sampling, rows in _alike(network, params, usable, shape, size):
             own = psf if psf is None or isinstance(psf, PSF) else [psf[j] for j in rows]
             image, slope = _draw(
                 network,
