@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from galmorph._scenes import Group, Scene, _by_model, _overlap, _setups, solve_again
+from galmorph._alone import stamps_alone
+from galmorph._scenes import Scene, Work, solve_again
 from galmorph.flags import FitFlag
+from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.models.point_source import PointSource2D
 from galmorph.models.sersic import SersicGalaxy2D
 from galmorph.priors import INDEX_PRIOR, LogNormal
 
 __all__ = ["Candidates", "choose_models"]
 
-#: Sides of the stamps on which models are compared.
-_SIDES = np.array([25, 41, 61, 91, 121])
+#: Learned galaxies are looked at above this S/N: below it nothing tells them from other profiles.
+_LEARNED_SNR = 20.0
 #: Half-light radii in FWHM of the PSF: what is not resolved (errors of the PSF make a star look
 #: as large), and what is.  Medians and widths in the natural logarithm.
 _UNRESOLVED, _RESOLVED = (0.1, 0.5), (0.7, 0.6)
@@ -49,8 +51,7 @@ class Candidates:
 def choose_models(
     scenes: list[Scene],
     candidates: Candidates,
-    fitter: Any,
-    background: str,
+    work: Work,
     report: Callable[[int], None] = lambda done: None,
 ) -> list[np.ndarray]:
     """Give every source the most probable model, and fit the scenes again.
@@ -60,7 +61,7 @@ def choose_models(
     """
     found = []
     for scene in scenes:
-        log_evidence, params = _log_evidence(scene, candidates, fitter, report)
+        log_evidence, params = _log_evidence(scene, candidates, work.fitter, report)
         found.append(log_evidence)
         score = np.where(np.isfinite(log_evidence), log_evidence, -np.inf)
         best = np.argmax(score + np.log(candidates.prior), 1)
@@ -69,8 +70,7 @@ def choose_models(
         for k in np.flatnonzero(known):
             if scene.models[k] is not models[best[k]]:
                 _give(scene, k, models[best[k]], params[best[k]][k])
-    _put_in_order(scenes, fitter, background)
-    solve_again(scenes, fitter, background)
+    solve_again(scenes, work)
     return found
 
 
@@ -81,17 +81,7 @@ def _give(scene: Scene, k: int, model: Any, params: np.ndarray) -> None:
     source.params = params.copy()
     source.flags &= ~int(FitFlag.AT_BOUND)
     group = scene.groups[source.group]
-    group.seen = group.known = None
-
-
-def _put_in_order(scenes: list[Scene], fitter: Any, background: str) -> None:
-    """Members of groups by model, as their fits want them."""
-    setups = _setups(scenes, fitter, background)
-    for scene in scenes:
-        for group in scene.groups:
-            if group.seen is None:
-                group.members = group.members[_by_model(scene, group, setups)]
-                group.cov = None
+    group.seen = group.known = group.cov = None
 
 
 def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -102,22 +92,47 @@ def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[n
     models = list(candidates.models.values())
     value = np.full((len(scene.xy), len(models)), np.nan)
     params = [np.full((len(scene.xy), len(m.param_names)), np.nan) for m in models]
-    for rows, data, sigma, origin in _stamps(scene, candidates.psf_error):
-        position = np.stack([_position(scene, k) for k in rows]) - origin
+    snr = _snr(scene)
+    for some, data, sigma, origin in stamps_alone(scene, psf_error=candidates.psf_error):
+        position = np.stack([scene.sources[k].params[1:3] for k in some]) - origin
         for m, model in enumerate(models):
+            look = slice(None)
+            if isinstance(model, LearnedGalaxy2D) and model is not candidates.first:
+                look = np.flatnonzero(snr[some] > _LEARNED_SNR)
+                if not len(look):
+                    continue
+            rows = some[look]
             drawn, own = _with_size_prior(model, fitter, scene.psf)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # flags say as much
                 fit = fit_images(
-                    data, drawn, own, uncertainty=sigma, psf=scene.psf, positions=position
+                    data[look],
+                    drawn,
+                    own,
+                    uncertainty=sigma[look],
+                    psf=scene.psf,
+                    positions=position[look],
                 )
                 value[rows, m] = log_evidence(fit, method="laplace")[0]
             at = fit.params[:, : params[m].shape[1]].copy()
-            at[:, 1:3] += origin
+            at[:, 1:3] += origin[look]
             params[m][rows] = at
             value[rows, m] = np.where(np.isfinite(at).all(1), value[rows, m], np.nan)
-        report(len(rows))
+        report(len(some))
     return value, params
+
+
+def _snr(scene: Scene) -> np.ndarray:
+    """Flux over its standard deviation, (K,); 0 where either is not known."""
+    snr = np.zeros(len(scene.sources))
+    for group in scene.groups:
+        first = 0
+        for k in group.members:
+            params = scene.sources[k].params
+            if params is not None and group.cov is not None and group.cov[first, first] > 0:
+                snr[k] = params[0] / np.sqrt(group.cov[first, first])
+            first += len(scene.models[k].param_names)
+    return np.nan_to_num(snr)
 
 
 def _with_size_prior(model: Any, fitter: Any, psf: Any) -> tuple[Any, Any]:
@@ -140,72 +155,3 @@ def _with_size_prior(model: Any, fitter: Any, psf: Any) -> tuple[Any, Any]:
     own = copy(fitter)
     own.priors = priors
     return model, own
-
-
-def _position(scene: Scene, k: int) -> np.ndarray:
-    return np.asarray(scene.sources[k].params[1:3], dtype=float)
-
-
-def _stamps(scene: Scene, psf_error: float) -> Iterator[tuple]:
-    """Sources alone: rows, data and sigma (n, side, side), and origins (x, y) of their stamps."""
-    residual, light = _residual(scene)
-    usable = scene.inv_sigma > 0
-    noise = 1.0 / np.where(usable, scene.inv_sigma, 1.0)
-    sigma = np.where(usable, np.hypot(noise, psf_error * np.maximum(light, 0.0)), 0.0)
-    rows, sides = [], []
-    for k, source in enumerate(scene.sources):
-        fitted = source.params is not None and np.isfinite(source.params).all()
-        if fitted and source.image is not None and _is_inside(source.params, scene.shape):
-            rows.append(k)
-            sides.append(_side(scene, source, noise))
-    rows, sides = np.array(rows, dtype=int), np.array(sides)
-    for side in np.unique(sides):
-        chosen = rows[sides == side]
-        for some in np.array_split(chosen, max(1, len(chosen) // 256)):
-            data, error = np.zeros((2, len(some), side, side))
-            origin = np.empty((len(some), 2), dtype=int)
-            for j, k in enumerate(some):
-                origin[j] = np.rint(_position(scene, k)).astype(int) - side // 2
-                there, here = _overlap(scene.shape, origin[j, ::-1], (side, side))
-                data[j][here] = residual[there]
-                error[j][here] = sigma[there]
-                _add(data[j], origin[j, ::-1], scene.groups[scene.sources[k].group], scene, k)
-            yield some, data, error, origin
-
-
-def _add(stamp: np.ndarray, origin, group: Group, scene: Scene, k: int) -> None:
-    """Put a source's own light back."""
-    shift = (group.origin[0] - origin[0], group.origin[1] - origin[1])
-    there, here = _overlap(stamp.shape, shift, group.shape)
-    stamp[there] += scene.sources[k].image[here]
-
-
-def _is_inside(params: np.ndarray, shape: tuple[int, int]) -> bool:
-    x, y = params[1:3]
-    return -0.5 <= x <= shape[1] - 0.5 and -0.5 <= y <= shape[0] - 0.5
-
-
-def _side(scene: Scene, source: Any, noise: np.ndarray) -> int:
-    """Of a stamp that holds what of a source stands out of the noise."""
-    x, y = np.rint(source.params[1:3]).astype(int)
-    own = noise[np.clip(y, 0, scene.shape[0] - 1), np.clip(x, 0, scene.shape[1] - 1)]
-    area = np.count_nonzero(source.image > 0.5 * own)
-    radius = 1.5 * np.sqrt(area / np.pi) + 5
-    return int(_SIDES[min(np.searchsorted(_SIDES, 2 * radius), len(_SIDES) - 1)])
-
-
-def _residual(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Data less all models and background, and all models; both (ny, nx)."""
-    from galmorph._batchfit import background_templates
-    from galmorph._scenes import _light
-
-    light = _light(scene)
-    residual = scene.data - light
-    kinds = {0: "none", 1: "constant", 3: "tilted"}
-    for group in scene.groups:
-        terms = scene.sources[group.members[0]].background
-        if terms is not None and len(terms):
-            image = np.tensordot(terms, background_templates(kinds[len(terms)], group.shape), 1)
-            there, here = _overlap(scene.shape, group.origin, group.shape)
-            residual[there] -= np.nan_to_num(image[here])
-    return np.where(scene.inv_sigma > 0, residual, 0.0), light

@@ -53,8 +53,10 @@ _WIDE = torch.float64
 _EXCESS = 3.0
 # a flux in a first guess is at least this share of that of the brightest source
 _FAINTEST = 1e-3
-# scenes that are worked on at once
-_WINDOW = 8
+# scenes that are worked on at once: at least, at most, and pixels of sources in all
+_WINDOW, _WIDEST, _PIXELS = 8, 64, 2**16
+# change of chi2 that ends a fit which is the start of another
+_COARSE = 1.0
 # widest that an angle may be known: that of a uniform distribution over half a turn
 _ANGLE_WIDTH = np.pi / np.sqrt(12)
 
@@ -483,6 +485,7 @@ class _Fit:
         setup = setups[0]
         self.device, self.dtype = setup.device, setup.dtype
         best = batch.inv_sigma.reshape(len(batch.data), -1).max(1)
+        best = np.where(best > 0, best, 1.0)  # one band of several may be blank
         self.scale = torch.as_tensor(1.0 / best, dtype=_WIDE, device=self.device)
         self.data = self._images(batch.data * best[:, None, None])
         self.weight = self._images(batch.inv_sigma / best[:, None, None])
@@ -640,8 +643,9 @@ class _Fit:
         return problem.units(u) * problem.amplitudes(u)[..., None].to(self.dtype)
 
     def solve(
-        self, problem, u, bounds, *, coarse: bool = False, rows: torch.Tensor | None = None
+        self, problem, u, bounds, *, tolerance: float = 0.0, rows: torch.Tensor | None = None
     ) -> LeastSquaresResult:
+        """Fit until chi2 falls by less than ``tolerance``, or what is right for the models."""
         for part in problem.parts:
             part.fresh(problem.split(u, part))
         setup = self.setups[0]
@@ -652,11 +656,15 @@ class _Fit:
             lower=bounds[0],
             upper=bounds[1],
             max_iter=setup.max_iter,
-            tolerance=1.0 if coarse else 5e-2 if learned else 1e-3,
+            tolerance=max(tolerance, 5e-2 if learned else 1e-3),
             relative_tolerance=1e-6 if self.dtype == torch.float32 else 1e-10,
-            window=max(1, min(setup.window, _WINDOW)),
+            window=max(1, min(setup.window, self._window(problem))),
             rows=rows,
         )
+
+    def _window(self, problem: _SceneProblem) -> int:
+        pixels = self.data.shape[1] * problem.sources
+        return min(max(_WINDOW, _PIXELS // pixels), _WIDEST)
 
     def params_of(self, problem, u: torch.Tensor) -> list[torch.Tensor]:
         params: list[torch.Tensor | None] = [None] * problem.sources
@@ -786,6 +794,7 @@ def fit_scenes(
     start: Sequence[np.ndarray] | None = None,
     guess: np.ndarray | None = None,
     misfit: bool = False,
+    tolerance: float = 0.0,
 ) -> SceneFits:
     """Fit all sources of every scene of a batch together.
 
@@ -801,6 +810,8 @@ def fit_scenes(
         Sérsic parameters to begin with, of `guess_sources`.
     misfit : bool, optional
         Whether the misfit of learned sources is wanted; zeros otherwise.
+    tolerance : float, optional
+        Change of chi2 that ends a fit, if it is larger than what it is otherwise.
 
     Returns
     -------
@@ -818,60 +829,83 @@ def fit_scenes(
             u = fit.fluxes(problem, u)
             if again:  # with the neighbours' light taken away
                 started = fit.guess(parametric, fit.light(problem, u))
-        result = fit.solve(problem, u, bounds, coarse=learned)
+        result = fit.solve(problem, u, bounds, tolerance=_COARSE if learned else tolerance)
         if learned:
             n_iter = result.n_iter
             started = fit.params_of(problem, result.u)
             problem, u, bounds = fit.assemble(setups, started)
-            result = fit.solve(problem, u, bounds)
+            result = fit.solve(problem, u, bounds, tolerance=tolerance)
     else:
         started = [torch.as_tensor(s, dtype=_WIDE, device=fit.device) for s in start]
         problem, u, bounds = fit.assemble(setups, started)
-        result = fit.solve(problem, u, bounds)
+        result = fit.solve(problem, u, bounds, tolerance=tolerance)
     wide = fit.widen(problem, result.u)
     if wide.numel():
-        again = fit.solve(problem, result.u, bounds, rows=wide)
+        again = fit.solve(problem, result.u, bounds, tolerance=tolerance, rows=wide)
         _take_better(result, again, wide, -torch.inf)
     return _summarise(fit, problem, result, bounds, n_iter, misfit)
 
 
 def _summarise(fit, problem, result, bounds, n_iter, misfit) -> SceneFits:
     """Parameters, covariance and images in the units of the data."""
-    count, nb = problem.sources, len(fit.templates)
-    batch = len(result.u)
     free = (bounds[1] > bounds[0]) & torch.isfinite(result.u)
-    mask = torch.cat([free, torch.ones((batch, nb), dtype=torch.bool, device=free.device)], 1)
-    mask = mask.to(_WIDE)
-    hessian = result.hessian * mask[:, :, None] * mask[:, None] + torch.diag_embed(1 - mask)
+    inverse, bad = inverse_of_free(result.hessian, free)
+    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit)
+
+
+def inverse_of_free(hessian: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of curvatures, zero where a coordinate (B, U) is held, and which are singular.
+
+    What follows the coordinates is free.
+    """
+    more = hessian.shape[1] - free.shape[1]
+    mask = torch.cat([free, free.new_ones((len(free), more))], 1).to(_WIDE)
+    hessian = hessian * mask[:, :, None] * mask[:, None] + torch.diag_embed(1 - mask)
     inverse, _, bad = _invert(hessian)
-    inverse = inverse * mask[:, :, None] * mask[:, None]
-    params: list[np.ndarray | None] = [None] * count
+    return inverse * mask[:, :, None] * mask[:, None], bad
+
+
+def params_and_slopes(fit, problem, u: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Parameters of each source, (B, P_k), and derivatives of all these, then of the background.
+
+    The derivatives (B, D + nb, U + nb) are by the coordinates and the background.
+    """
+    count, nb = problem.sources, len(fit.templates)
+    params: list[torch.Tensor | None] = [None] * count
     slopes: list[torch.Tensor | None] = [None] * count
-    images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
-    images = images.unflatten(2, fit.shape).cpu().numpy()
-    off = np.zeros_like(images)
     for part in problem.parts:
-        m = len(part.slots)
-        own, slope = part.to_params(problem.split(result.u, part))
-        fraction = part.misfit_fraction(own) if misfit else None
+        own, slope = part.to_params(problem.split(u, part))
         for j, k in enumerate(part.slots):
-            params[k] = own.unflatten(0, (-1, m))[:, j].cpu().numpy()
-            slopes[k] = slope.unflatten(0, (-1, m))[:, j]
-            if fraction is not None:
-                off[:, k] = np.abs(images[:, k]) * fraction.reshape(batch, m, *fit.shape)[:, j]
+            params[k] = own.unflatten(0, (-1, len(part.slots)))[:, j]
+            slopes[k] = slope.unflatten(0, (-1, len(part.slots)))[:, j]
     sizes = [s.shape[1] for s in slopes]
-    jacobian = result.u.new_zeros((batch, sum(sizes) + nb, problem.size + nb))
+    jacobian = u.new_zeros((len(u), sum(sizes) + nb, problem.size + nb))
     first = 0
     for size, where, slope in zip(sizes, problem.where, slopes, strict=True):
         jacobian[:, first : first + size, where] = slope
         first += size
     for i in range(nb):
         jacobian[:, first + i, problem.size + i] = fit.scale
+    return params, jacobian
+
+
+def in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit) -> SceneFits:
+    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates."""
+    params, jacobian = params_and_slopes(fit, problem, result.u)
+    images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
+    images = images.unflatten(2, fit.shape).cpu().numpy()
+    off = np.zeros_like(images)
+    for part in problem.parts if misfit else []:
+        own = torch.stack([params[k] for k in part.slots], 1).flatten(0, 1)
+        fraction = part.misfit_fraction(own)
+        if fraction is not None:
+            fraction = fraction.reshape(-1, len(part.slots), *fit.shape)
+            off[:, part.slots] = np.abs(images[:, part.slots]) * fraction
     cov = _angles_capped(jacobian @ inverse @ jacobian.transpose(1, 2), fit.setups)
     cov[bad] = torch.nan
     at_bound = result.at_bound & free
     return SceneFits(
-        params=params,
+        params=[p.cpu().numpy() for p in params],
         cov=cov.cpu().numpy(),
         background=(result.linear[:, 1:] * fit.scale[:, None]).cpu().numpy(),
         images=images,
@@ -881,7 +915,7 @@ def _summarise(fit, problem, result, bounds, n_iter, misfit) -> SceneFits:
         converged=result.converged.cpu().numpy(),
         bad_covariance=bad.cpu().numpy(),
         at_bound=np.stack([at_bound[:, w].any(1).cpu().numpy() for w in problem.where], 1),
-        n_free=int(mask[0].sum()),
+        n_free=int(free[0].sum()) + len(fit.templates),
     )
 
 

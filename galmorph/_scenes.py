@@ -7,6 +7,7 @@ models of all others taken away, again until that makes no difference (block coo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +20,10 @@ from galmorph._stamps import _is_list_of_images, _is_saturated, _segments, make_
 from galmorph.flags import FitFlag
 from galmorph.psf import PSF
 
-__all__ = ["Scene", "Source", "read_scenes", "solve_scenes"]
+__all__ = ["Scene", "Source", "Work", "read_scenes", "solve_again", "solve_scenes"]
 
 #: Sides of the boxes of groups: few, so that batches are of one shape.
-_SIDES = np.array([32, 40, 48, 64, 80, 96, 128, 160, 192, 256, 320, 400, 512])
+_SIDES = np.array([32, 48, 64, 96, 128, 192, 256, 384, 512])
 #: A scene is fitted as it is if it has no more pixels along a side, and few sources.
 _WHOLE = 200
 #: Stamps on which sources are first looked at.
@@ -36,8 +37,15 @@ _LEAST_RADIUS, _LARGEST_RADIUS = 6.0, 100.0
 _FARTHEST = 6.0
 #: Largest index of a first guess that is believed so far out.
 _STEEPEST = 2.0
+#: The part of a box, along each side, that is shared with no other while it is fitted.
+_MIDDLE = 0.7
 #: Rounds over the groups, and the change of what others leave, in sigma, that ends them.
 _ROUNDS, _SETTLED = 5, 0.3
+#: Evaluations of a fit that goes on from where it was; there may be more in the next round.
+_FEW = 15
+#: Changes of chi2 that end fits of groups, in the first round, when neighbours are not known, and
+#: later.
+_FIRST, _LATER = 0.5, 1e-2
 #: How often noise that depends on the model is found anew, and the change of fluxes, in sigma,
 #: that ends this.
 _REWEIGHTINGS, _SAME = 3, 0.1
@@ -57,6 +65,7 @@ class Source:
     chi2: float = np.nan
     dof: int = 0
     n_iter: int = 0
+    added: bool = False  # found in the residual
 
 
 @dataclass
@@ -94,6 +103,7 @@ class Scene:
     sources: list[Source] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     errors: dict[str, str] = field(default_factory=dict)
+    refused: list[np.ndarray] = field(default_factory=list)  # positions where there is no source
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,7 +150,7 @@ def read_scenes(
         scene.sources = [Source(flags=int(f)) for f in _first_flags(scene)]
         if own is None:
             scene.psf = next((m.psf for m in scene.models if m.psf is not None), None)
-        _check_points(scene)
+        check_points(scene, scene.models)
         scenes.append(scene)
     return scenes, single
 
@@ -201,10 +211,11 @@ def _models(models: Any, count: int) -> list[Any]:
     return models
 
 
-def _check_points(scene: Scene) -> None:
+def check_points(scene: Scene, models: list[Any]) -> None:
+    """Raise ValueError if a point source has no PSF."""
     from galmorph.models.point_source import PointSource2D
 
-    if scene.psf is None and any(isinstance(m, PointSource2D) for m in scene.models):
+    if scene.psf is None and any(isinstance(m, PointSource2D) for m in models):
         raise ValueError("a point source needs a psf")
 
 
@@ -247,7 +258,7 @@ def make_groups(scene: Scene, setup: Any, max_group: int) -> None:
     for own in _linked(xy, touch, max_group):
         low = np.floor((xy[own] - end[own, None]).min(0)).astype(int)
         high = np.ceil((xy[own] + end[own, None]).max(0)).astype(int)
-        nx, ny = (_side(n) for n in high - low + 1)
+        nx = ny = _side((high - low + 1).max())
         middle = (low + high) // 2
         group = Group(members[own], (int(middle[1] - ny // 2), int(middle[0] - nx // 2)), (ny, nx))
         scene.groups.append(group)
@@ -418,83 +429,124 @@ class _Task:
     data: np.ndarray
     inv_sigma: np.ndarray
     start: list[np.ndarray] | None
+    tolerance: float = 0.0
+
+
+@dataclass
+class Work:
+    """How scenes are fitted: the fitter and its setups, and finished fits of a former run."""
+
+    fitter: Any
+    background: str
+    memory: Any = None
+    setups: dict[int, Any] = field(default_factory=dict)
+
+    def prepare(self, scenes: list[Scene]) -> None:
+        """Make the setups of all models, found by the identity of the model."""
+        for scene in scenes:
+            for model in scene.models:
+                if id(model) not in self.setups:
+                    own = _with_own_priors(self.fitter, model)
+                    self.setups[id(model)] = own._setup(model, self.background)
+
+    def setup_of(self, scene: Scene, k: int) -> Any:
+        return self.setups[id(scene.models[k])]
+
+
+def _with_own_priors(fitter: Any, model: Any) -> Any:
+    """The fitter with those of its priors that are of parameters of the model."""
+    if not fitter.priors:
+        return fitter
+    own = copy(fitter)
+    own.priors = {n: p for n, p in fitter.priors.items() if n in model.param_names}
+    return own
 
 
 def solve_scenes(
-    scenes: list[Scene],
-    fitter: Any,
-    background: str,
-    max_group: int,
-    report: Callable[[int], None],
+    scenes: list[Scene], work: Work, max_group: int, report: Callable[[int], None]
 ) -> None:
     """Fit all sources of all scenes; results are put in their sources and groups."""
-    setups = _setups(scenes, fitter, background)
+    work.prepare(scenes)
     for scene in scenes:
         if scene.models:
-            make_groups(scene, setups[id(scene.models[0])], max_group)
-        _enrol(scene, setups)
+            make_groups(scene, work.setup_of(scene, 0), max_group)
+        _enrol(scene, work)
     totals = [_first_light(scene) if len(scene.groups) > 1 else None for scene in scenes]
-    _take_turns(scenes, totals, setups, fitter, background, report)
+    _take_turns(scenes, totals, work, report)
 
 
 def solve_again(
-    scenes: list[Scene],
-    fitter: Any,
-    background: str,
-    report: Callable[[int], None] = lambda done: None,
+    scenes: list[Scene], work: Work, report: Callable[[int], None] = lambda done: None
 ) -> None:
     """Fit scenes from where they are, as after other models were given to some sources.
 
     Groups without ``seen`` are fitted, and others if that changes what they see of them.
     """
-    setups = _setups(scenes, fitter, background)
+    work.prepare(scenes)
     for scene in scenes:
-        _enrol(scene, setups)
-    totals = [_light(scene) for scene in scenes]
-    _take_turns(scenes, totals, setups, fitter, background, report)
+        _enrol(scene, work)
+    _take_turns(scenes, [_light(scene) for scene in scenes], work, report)
 
 
-def _setups(scenes: list[Scene], fitter: Any, background: str) -> dict[int, Any]:
-    """Setups by the identity of models."""
-    setups: dict[int, Any] = {}
-    for scene in scenes:
-        for model in scene.models:
-            if id(model) not in setups:
-                setups[id(model)] = fitter._setup(model, background)
-    return setups
-
-
-def _enrol(scene: Scene, setups: dict[int, Any]) -> None:
+def _enrol(scene: Scene, work: Work) -> None:
     """Tell sources which group they are in."""
     for g, group in enumerate(scene.groups):
-        group.members = group.members[_by_model(scene, group, setups)]
+        if group.cov is None:  # else the covariance is in this order
+            group.members = group.members[_by_model(scene, group, work)]
         for k in group.members:
             scene.sources[k].group = g
             scene.sources[k].box = group.box
 
 
-def _take_turns(scenes, totals, setups, fitter, background, report) -> None:
-    """Fit all groups, with the light of others (in ``totals``) taken away, until they agree."""
+def _take_turns(scenes, totals, work, report) -> None:
+    """Fit all groups, with the light of others (in ``totals``) taken away, until they agree.
+
+    After the first round, in which all start from a first look, groups that share much are not
+    fitted at once, each with what the others were before: this would swing, and not settle.
+    """
+    shifts = [[scene.groups] for scene in scenes]
     for turn in range(_ROUNDS):
-        tasks = [
-            task
-            for scene, total in zip(scenes, totals, strict=True)
-            for task in _tasks(scene, total, turn)
-        ]
-        if not tasks:
+        if turn == 1:
+            shifts = [_shifts(scene.groups) for scene in scenes]
+        done = 0
+        for shift in range(max(map(len, shifts), default=0)):
+            now = [own[shift] if shift < len(own) else [] for own in shifts]
+            tasks = [
+                task
+                for scene, total, groups in zip(scenes, totals, now, strict=True)
+                for task in _tasks(scene, groups, total, turn)
+            ]
+            for batch in _alike(tasks, work):
+                _fit_batch(batch, work)
+                if turn == 0:
+                    report(sum(len(task.group.members) for task in batch))
+            for i, scene in enumerate(scenes):
+                if totals[i] is not None and now[i] and tasks:
+                    totals[i] = _light(scene)
+            done += len(tasks)
+        if not done:
             break
-        for batch in _alike(tasks, setups):
-            _fit_batch(batch, setups, fitter, background)
-            if turn == 0:
-                report(sum(len(task.group.members) for task in batch))
-        for i, scene in enumerate(scenes):
-            if totals[i] is not None:
-                totals[i] = _light(scene)
 
 
-def _by_model(scene: Scene, group: Group, setups: dict[int, Any]) -> np.ndarray:
+def _shifts(groups: list[Group]) -> list[list[Group]]:
+    """Groups that may be fitted at the same time, as the middles of their boxes are apart."""
+    if not groups:
+        return []
+    shape = np.array([g.shape for g in groups], dtype=float)
+    centre = np.array([g.origin for g in groups]) + shape / 2
+    half = _MIDDLE * shape / 2
+    order = np.argsort(-shape.prod(1), kind="stable")
+    number = np.full(len(groups), -1)
+    for i in order:
+        near = (np.abs(centre - centre[i]) < half + half[i]).all(1)
+        taken = set(number[near].tolist())
+        number[i] = next(k for k in range(len(groups)) if k not in taken)
+    return [[groups[i] for i in np.flatnonzero(number == k)] for k in range(number.max() + 1)]
+
+
+def _by_model(scene: Scene, group: Group, work: Work) -> np.ndarray:
     """Order with sources of one model side by side, so that more groups are alike."""
-    order = {key: i for i, key in enumerate(setups)}
+    order = {key: i for i, key in enumerate(work.setups)}
     return np.argsort([order[id(scene.models[k])] for k in group.members], kind="stable")
 
 
@@ -521,23 +573,41 @@ def _guess_of(scene: Scene, group: Group) -> np.ndarray | None:
 
 def _light(scene: Scene) -> np.ndarray:
     """The sum of the models of all sources."""
-    total = np.zeros(scene.shape)
+    total = np.zeros(scene.data.shape)
     for group in scene.groups:
-        there, here = _overlap(scene.shape, group.origin, group.shape)
+        there, here = _overlap(scene.data.shape, group.origin, group.shape)
         for k in group.members:
             if scene.sources[k].image is not None:
                 total[there] += scene.sources[k].image[here]
     return total
 
 
-def _tasks(scene: Scene, total: np.ndarray | None, turn: int) -> list[_Task]:
-    """Groups that are still to be fitted, with the light of all others taken away."""
+def background_image(
+    shape: tuple[int, int], groups: list[Group], sources: list[Source], kind: str
+) -> np.ndarray:
+    """The fitted background; the mean of those of groups that overlap."""
+    from galmorph._batchfit import background_templates
+
+    total, count = np.zeros((2, *shape))
+    for group in groups:
+        terms = sources[group.members[0]].background
+        if terms is None or not len(terms):
+            continue
+        image = np.tensordot(terms, background_templates(kind, group.shape), 1)
+        there, here = _overlap(shape, group.origin, group.shape)
+        total[there] += np.nan_to_num(image[here])
+        count[there] += 1
+    return total / np.maximum(count, 1)
+
+
+def _tasks(scene: Scene, groups: list[Group], total: np.ndarray | None, turn: int) -> list[_Task]:
+    """Those of the groups that are still to be fitted, the light of all others taken away."""
     if total is None:
         if turn:
             return []
-        return [_Task(scene, g, scene.data, scene.inv_sigma, None) for g in scene.groups]
+        return [_Task(scene, g, scene.data, scene.inv_sigma, None) for g in groups]
     tasks = []
-    for group in scene.groups:
+    for group in groups:
         data, inv_sigma, others = _cut(scene, group.origin, group.shape, total)
         sources = [scene.sources[k] for k in group.members]
         others = others - sum(s.image for s in sources if s.image is not None)
@@ -549,7 +619,8 @@ def _tasks(scene: Scene, total: np.ndarray | None, turn: int) -> list[_Task]:
         group.seen = others
         start = [s.params for s in sources]
         start = None if any(p is None for p in start) else [_shifted(p, group, -1) for p in start]
-        tasks.append(_Task(scene, group, data - others, inv_sigma, start))
+        tolerance = _LATER if turn else _FIRST
+        tasks.append(_Task(scene, group, data - others, inv_sigma, start, tolerance))
     return tasks
 
 
@@ -559,14 +630,14 @@ def _shifted(params: np.ndarray, group: Group, sign: int) -> np.ndarray:
     return params
 
 
-def _alike(tasks: list[_Task], setups: dict[int, Any]) -> list[list[_Task]]:
+def _alike(tasks: list[_Task], work: Work) -> list[list[_Task]]:
     """Tasks that can be fitted as one batch: the same shape, models and kind of PSF."""
     batches: dict[tuple, list[_Task]] = {}
     for task in tasks:
         scene, psf = task.scene, task.scene.psf
         key = (
             task.data.shape,
-            tuple(id(setups[id(scene.models[k])]) for k in task.group.members),
+            tuple(id(work.setup_of(scene, k)) for k in task.group.members),
             None
             if psf is None
             else (psf.oversampling, psf.includes_pixel, psf.shape[0] % 2, psf.shape[1] % 2),
@@ -582,14 +653,14 @@ def _alike(tasks: list[_Task], setups: dict[int, Any]) -> list[list[_Task]]:
     return result
 
 
-def _fit_batch(tasks: list[_Task], setups, fitter, background) -> None:
+def _fit_batch(tasks: list[_Task], work: Work) -> None:
     """Fit groups that are alike; where one makes the fit fail, the others are done without."""
     try:
-        _fit(tasks, setups, fitter)
+        _fit(tasks, work)
     except Exception as error:
         if len(tasks) > 1:
             for task in tasks:
-                _fit_batch([task], setups, fitter, background)
+                _fit_batch([task], work)
             return
         task = tasks[0]
         for k in task.group.members:
@@ -597,7 +668,7 @@ def _fit_batch(tasks: list[_Task], setups, fitter, background) -> None:
             task.scene.errors[str(task.scene.ids[k])] = f"{type(error).__name__}: {error}"
 
 
-def _fit(tasks: list[_Task], setups, fitter) -> None:
+def _fit(tasks: list[_Task], work: Work) -> None:
     from galmorph._scenefit import SceneBatch
 
     first = tasks[0]
@@ -615,9 +686,12 @@ def _fit(tasks: list[_Task], setups, fitter) -> None:
     few = (batch.inv_sigma > 0).sum((1, 2)) == 0
     if few.any():
         raise ValueError("there are no usable pixels")
-    own = [setups[id(first.scene.models[k])] for k in first.group.members]
+    own = [work.setup_of(first.scene, k) for k in first.group.members]
     start = None
     if first.start is not None:
+        # sources that share their setup are drawn together
+        short = {id(s): replace(s, max_iter=min(s.max_iter, _FEW)) for s in own}
+        own = [short[id(s)] for s in own]
         start = [np.stack([t.start[j] for t in tasks]) for j in range(len(own))]
     guess = [_guess_of(t.scene, t.group) for t in tasks]
     guess = None if any(g is None for g in guess) else np.stack(guess)
@@ -627,7 +701,14 @@ def _fit(tasks: list[_Task], setups, fitter) -> None:
     else:
         total, off = (np.concatenate([getattr(k, n) for k in known]) for n in ("total", "misfit"))
         known = _Known(total, off, known[0].n_free)
-    fits, known = fit_with_noise(own, batch, fitter.noise, start, guess, known)
+    again = None if work.memory is None else work.memory.find(own, batch, start, guess, known)
+    if again is None:
+        noise, tolerance = work.fitter.noise, first.tolerance
+        fits, known = fit_with_noise(own, batch, noise, start, guess, known, tolerance)
+        if work.memory is not None:
+            work.memory.keep(fits, known)
+    else:
+        fits, known = again
     for b, task in enumerate(tasks):
         if known is not None:
             rows = slice(b, b + 1)
@@ -644,7 +725,7 @@ class _Known:
     n_free: int
 
 
-def fit_with_noise(setups, batch, noise, start, guess, known):
+def fit_with_noise(setups, batch, noise, start, guess, known, tolerance: float = 0.0):
     """`fit_scenes` with any noise, by iteratively reweighted least squares.
 
     Returns the fits and what is `_Known` of them; ``known`` is that of the fits from which these
@@ -655,12 +736,13 @@ def fit_with_noise(setups, batch, noise, start, guess, known):
     misfit = bool(getattr(noise, "needs_misfit", False))
     changes = noise is not None and bool(noise.parameter_names or not noise.gaussian)
     work = _working(batch, noise, known) if changes and known is not None else batch
-    fits = fit_scenes(setups, work, start=start, guess=guess, misfit=misfit)
+    options = {"misfit": misfit, "tolerance": tolerance}
+    fits = fit_scenes(setups, work, start=start, guess=guess, **options)
     firsts = np.cumsum([0, *(p.shape[1] for p in fits.params[:-1])])
     for _ in range(_REWEIGHTINGS if changes else 0):
         before = np.stack([p[:, 0] for p in fits.params], 1)
         work = _working(batch, noise, _known(setups, fits))
-        fits = fit_scenes(setups, work, start=fits.params, misfit=misfit)
+        fits = fit_scenes(setups, work, start=fits.params, **options)
         after = np.stack([p[:, 0] for p in fits.params], 1)
         variance = np.diagonal(fits.cov, axis1=1, axis2=2)[:, firsts]
         if not (((after - before) ** 2) > _SAME**2 * variance).any():

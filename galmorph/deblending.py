@@ -6,10 +6,12 @@ is known of each flux allows for what is not known of its neighbours.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,14 @@ from galmorph.results import BACKGROUND_TERMS, FitResult
 __all__ = ["SceneResult", "deblend"]
 
 
+def __getattr__(name: str) -> Any:
+    if name == "GalmorphDeblender":
+        from galmorph.btk import GalmorphDeblender
+
+        return GalmorphDeblender
+    raise AttributeError(f"module 'galmorph.deblending' has no attribute {name!r}")
+
+
 @dataclass(kw_only=True, eq=False, repr=False)
 class SceneResult:
     """A fitted scene: K sources and one image; made by `galmorph.deblend`.
@@ -32,15 +42,18 @@ class SceneResult:
     models : list of K GalaxyModel
         What was fitted to each source, with its constraints.
     xy : array, shape (K, 2)
-        Positions (x, y) that were given, in pixels.
+        Positions (x, y) that were given, or at which sources were found, in pixels.
     ids : array of int, shape (K,)
-        Labels of the segments or of the catalogue if there were any, else 0 … K-1.
+        Labels of the segments or of the catalogue if there were any, else 0 … K-1; those of
+        sources that were found follow.
     flags : array of int32, shape (K,)
         Bit mask, see `FitFlag`.
     group : array of int, shape (K,)
         Number of the group in which each source was fitted; -1 if it was not.
     chi2, dof, n_iter : array, shape (K,)
         Of each source's group.
+    added : array of bool, shape (K,)
+        True for sources that were not given, but found in the residual; they come last.
     data, inv_sigma : array, shape (ny, nx)
         The image, 0 where unusable, and one over its uncertainty, 0 where unusable.
     psf : PSF or None
@@ -54,7 +67,8 @@ class SceneResult:
     model_prior : array, shape (M,), or None
         Their probabilities before the fit.
     meta : dict
-        Provenance: versions, date, models, fitter, options, errors.
+        Provenance: versions, date, models, fitter, options, errors; ``missed`` says how many
+        sources were added and how many refused.
 
     Notes
     -----
@@ -90,6 +104,7 @@ class SceneResult:
     chi2: np.ndarray
     dof: np.ndarray
     n_iter: np.ndarray
+    added: np.ndarray
     data: np.ndarray
     inv_sigma: np.ndarray
     psf: Any = None
@@ -291,6 +306,41 @@ class SceneResult:
         there, here = _overlap(self.data.shape, origin, source.image.shape)
         return there, np.nan_to_num(source.image[here].astype(float))
 
+    def stamps(self, rows: Sequence[int] | None = None) -> Iterator[tuple[np.ndarray, ...]]:
+        """Sources by themselves: the data less the background and all other models.
+
+        Parameters
+        ----------
+        rows : sequence of int, optional
+            Which sources, by default all; those without a fit in the image are left out.
+
+        Yields
+        ------
+        rows : array of int, shape (n,)
+            Sources whose stamps are of one size, which that of the source asks for.
+        data, sigma : array, shape (n, side, side)
+            Pixels and their uncertainty, 0 where unusable.
+        position : array, shape (n, 2)
+            Fitted centres (x, y) in the stamps.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph import SersicGalaxy2D
+        >>> from galmorph.deblending import deblend
+        >>> image = SersicGalaxy2D(500, 18, 20, r_eff=3).render((41, 41))
+        >>> result = deblend(image, [(18, 20)], model=SersicGalaxy2D(), uncertainty=0.3)
+        >>> [data.shape for rows, data, sigma, position in result.stamps()]
+        [(1, 41, 41)]
+        """
+        from galmorph._alone import stamps_alone
+
+        scene = SimpleNamespace(
+            data=self.data, inv_sigma=self.inv_sigma, sources=self._sources, groups=self._groups
+        )
+        for some, data, sigma, origin in stamps_alone(scene, rows):
+            yield some, data, sigma, np.stack([self.params[k][1:3] for k in some]) - origin
+
     @property
     def model_image(self) -> np.ndarray:
         """The sum of all models, without background, shape (ny, nx)."""
@@ -303,19 +353,9 @@ class SceneResult:
     @property
     def background_image(self) -> np.ndarray:
         """The fitted background, shape (ny, nx); the mean of those of groups that overlap."""
-        from galmorph._batchfit import background_templates
-        from galmorph._scenes import _overlap
+        from galmorph._scenes import background_image
 
-        total, count = np.zeros((2, *self.data.shape))
-        for group in self._groups:
-            terms = self._sources[group.members[0]].background
-            if terms is None or not len(terms):
-                continue
-            image = np.tensordot(terms, background_templates(self._background, group.shape), 1)
-            there, here = _overlap(self.data.shape, group.origin, group.shape)
-            total[there] += np.nan_to_num(image[here])
-            count[there] += 1
-        return total / np.maximum(count, 1)
+        return background_image(self.data.shape, self._groups, self._sources, self._background)
 
     @property
     def residual_image(self) -> np.ndarray:
@@ -428,8 +468,8 @@ class SceneResult:
         -------
         `~astropy.table.QTable`
             The columns of `FitResult.to_table`, with units and, given a celestial WCS, sky
-            coordinates; and ``model``, ``group``, ``blendedness`` and ``purity``.  Where models
-            differ, columns that a source does not have are masked.
+            coordinates; and ``model``, ``group``, ``added``, ``blendedness`` and ``purity``.
+            Where models differ, columns that a source does not have are masked.
 
         Examples
         --------
@@ -459,7 +499,7 @@ class SceneResult:
         table = parts[0] if len(parts) == 1 else vstack(parts, metadata_conflicts="silent")
         table.sort("_order")
         table.remove_column("_order")
-        table["group"] = self.group
+        table["group"], table["added"] = self.group, self.added
         table["blendedness"], table["purity"] = self._overlaps()
         if self.candidates:
             for name, values in zip(self.candidates, self.probability.T, strict=True):
@@ -534,9 +574,13 @@ def deblend(
     model_prior: Mapping[str, float] | None = None,
     psf_error: float = 0.03,
     max_group: int = 8,
+    find_missed: float | None = None,
+    max_rounds: int = 2,
+    missed_model: GalaxyModel | None = None,
+    checkpoint: str | os.PathLike | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> SceneResult | list[SceneResult]:
-    """Separate overlapping sources by fitting all of them together.
+    r"""Separate overlapping sources by fitting all of them together.
 
     Parameters
     ----------
@@ -570,6 +614,15 @@ def deblend(
     max_group : int, optional
         So many sources at most are fitted together; the others' light is taken away, in
         turns until nothing changes.
+    find_missed : float, optional
+        Look for sources that are not among those given, and add what stands out by so many
+        standard deviations; 5 is a sensible number.  None: none is looked for.
+    max_rounds : int, optional
+        How often they are looked for; each time one at most upon the light of another.
+    missed_model : GalaxyModel, optional
+        Model of sources that are added; by default that of the others.
+    checkpoint : path, optional
+        File that keeps finished fits; the same call goes on from there after it was stopped.
     progress : bool or callable, optional
         Show a bar, or call ``progress(done, total)``, with numbers of sources.
 
@@ -580,7 +633,8 @@ def deblend(
     Raises
     ------
     TypeError, ValueError
-        If the arguments are not what is described above, or a point source has no PSF.
+        If the arguments are not what is described above, a point source has no PSF, or there
+        are several models and none for sources that are added.
 
     Notes
     -----
@@ -593,6 +647,16 @@ def deblend(
     neighbours' models being taken away.  Half-light radii have a prior about that of the
     PSF, and a star is compared as a profile too small to be told from a point by a PSF
     that is not quite right: a tenth of the FWHM, give or take half of that.
+
+    Missed sources are looked for where the residual, filtered with the PSF and with disks, or the
+    curvature of the data stand out.  Their groups are fitted again.  A source stays if its
+    flux f stands out of its own error and of 15 % of the light m of all others,
+
+    .. math:: f > t \sqrt{\sigma_f^2 + (0.15\, f \langle s, m\rangle / \langle s, s\rangle)^2}
+
+    with s its image and t ``find_missed``; if the fit, with that misfit in its noise, is better
+    by more than its parameters cost (Bayesian information criterion); and if it is half a FWHM
+    of the PSF or more from all others.  Else the group is again what it was.
 
     One bad source is flagged, and the others are fitted: see ``flags`` and
     ``meta["errors"]``.
@@ -615,9 +679,19 @@ def deblend(
     True
     >>> bool(np.allclose(result.deblended_images.sum(0), image))
     True
+
+    The second one left out:
+
+    >>> result = deblend(
+    ...     image, [(18, 20)], model=SersicGalaxy2D(), psf=psf, uncertainty=0.3, find_missed=5
+    ... )
+    >>> result.added.tolist(), bool(abs(result.flux[1] - 300) < 4 * result.flux_err[1])
+    ([False, True], True)
     """
     from galmorph._choice import choose_models
-    from galmorph._scenes import read_scenes, solve_scenes
+    from galmorph._memory import Memory
+    from galmorph._residuals import add_missed
+    from galmorph._scenes import Work, read_scenes, solve_scenes
 
     if background not in BACKGROUND_TERMS:
         raise ValueError(f"background must be one of {list(BACKGROUND_TERMS)}, not {background!r}")
@@ -628,24 +702,27 @@ def deblend(
 
         model = LearnedGalaxy2D.from_pretrained()
     candidates = _candidates(model, model_prior, psf_error)
+    model = model if candidates is None else candidates.first
     scenes, single = read_scenes(
         image,
         sources,
-        models=model if candidates is None else candidates.first,
+        models=model,
         uncertainty=uncertainty,
         mask=mask,
         psf=psf,
         position_prior=position_prior,
     )
     fitter = _checked_fitter(fitter)
+    work = Work(fitter, background, None if checkpoint is None else Memory(checkpoint, fitter))
+    search = _search(find_missed, max_rounds, missed_model, model, scenes)
     started = time.perf_counter()
     with _reporter(progress, sum(len(scene.xy) for scene in scenes)) as report:
-        solve_scenes(scenes, fitter, background, int(max_group), report)
-        chosen = (
-            None if candidates is None else choose_models(scenes, candidates, fitter, background)
-        )
+        solve_scenes(scenes, work, int(max_group), report)
+        if search is not None:
+            add_missed(scenes, search, work, int(max_group))
+        chosen = None if candidates is None else choose_models(scenes, candidates, work)
     seconds = time.perf_counter() - started
-    results = [_result(scene, fitter, background, seconds, len(scenes)) for scene in scenes]
+    results = [_result(scene, fitter, background, seconds, len(scenes), search) for scene in scenes]
     if chosen is not None:
         for result, evidence in zip(results, chosen, strict=True):
             result.candidates, result.log_evidence = candidates.names, evidence
@@ -676,6 +753,29 @@ def _candidates(model: Any, prior: Mapping[str, float] | None, psf_error: float)
     return Candidates(dict(model), share / share.sum(), float(psf_error))
 
 
+def _search(threshold, rounds, own, model, scenes) -> Any:
+    """How sources that were missed are looked for; None: they are not."""
+    from galmorph._residuals import Search
+    from galmorph._scenes import check_points
+
+    if threshold is None:
+        return None
+    if not (np.isscalar(threshold) and np.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"find_missed must be a positive number of sigma, not {threshold!r}")
+    if int(rounds) != rounds or rounds < 1:
+        raise ValueError(f"max_rounds must be a positive integer, not {rounds!r}")
+    if own is None:
+        given = [model] if isinstance(model, GalaxyModel) else [m for s in scenes for m in s.models]
+        if len({id(m) for m in given}) != 1:
+            raise ValueError("with several models find_missed needs a missed_model")
+        own = given[0]
+    if not isinstance(own, GalaxyModel) or len(own) != 1:
+        raise TypeError(f"missed_model must be a single galmorph model, not {own!r}")
+    for scene in scenes:
+        check_points(scene, [own])
+    return Search(float(threshold), int(rounds), own)
+
+
 def _checked_fitter(fitter: Any) -> Any:
     from galmorph.fitting import MAPFitter
 
@@ -689,7 +789,17 @@ def _checked_fitter(fitter: Any) -> Any:
     return fitter
 
 
-def _result(scene, fitter, background: str, seconds: float, count: int) -> SceneResult:
+def _missed(scene, search) -> dict[str, Any]:
+    """What the search for sources did."""
+    return {
+        "threshold": search.threshold,
+        "model": type(search.model).__name__,
+        "added": sum(source.added for source in scene.sources),
+        "refused": sum(len(xy) for xy in scene.refused),
+    }
+
+
+def _result(scene, fitter, background: str, seconds: float, count: int, search) -> SceneResult:
     import astropy
 
     import galmorph
@@ -704,6 +814,7 @@ def _result(scene, fitter, background: str, seconds: float, count: int) -> Scene
         chi2=np.array([s.chi2 for s in sources], dtype=float),
         dof=np.array([s.dof for s in sources], dtype=int),
         n_iter=np.array([s.n_iter for s in sources], dtype=int),
+        added=np.array([s.added for s in sources], dtype=bool),
         data=scene.data,
         inv_sigma=scene.inv_sigma,
         psf=scene.psf,
@@ -723,6 +834,7 @@ def _result(scene, fitter, background: str, seconds: float, count: int) -> Scene
             "seconds": round(seconds, 3),  # of the call
             "scenes": count,
             "errors": dict(scene.errors),
+            **({} if search is None else {"missed": _missed(scene, search)}),
         },
         _sources=sources,
         _groups=scene.groups,
