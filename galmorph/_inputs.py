@@ -371,15 +371,18 @@ def _frame_from_hdus(hdus, name: str, *, path=None, extension=None) -> Frame:
     def find(role: str, version: int | None = None):
         for known in FITS_NAMES[role]:
             for (label, ver), found in images.items():
-                if label == known and version in (None, ver):
+                if label == known + band and version in (None, ver):
                     return found
         return None
+
+    band = ""
 
     if extension is not None:
         index, science = _pick(hdus, extension)
     else:
         index, science = find("data") or next(iter(images.values()))
     ver = science.ver
+    band = _band(science.name)
     array = _lazy(science, index, path)
     frame = Frame(array, name=name, unit=_unit(science.header), wcs=_wcs(hdus, science))
 
@@ -393,6 +396,8 @@ def _frame_from_hdus(hdus, name: str, *, path=None, extension=None) -> Frame:
             scale = _uncertainty_scale(_unit(found[1].header), frame.unit, kind)
             frame = replace(frame, uncertainty=values, kind=kind, scale=scale)
             break
+    else:
+        frame = replace(frame, uncertainty=_noise_in_header(science.header))
     found = find("mask", ver)
     if found is not None and found[1] is not science:
         values = _lazy(found[1], found[0], path)
@@ -412,6 +417,22 @@ def _frame_from_hdus(hdus, name: str, *, path=None, extension=None) -> Frame:
         psf = fits.ImageHDU(np.array(found[1].data, dtype=float), found[1].header)
         frame = replace(frame, psf=psf)
     return frame
+
+
+def _band(name: str) -> str:
+    """What follows the name in ``SCI_R``: its PSF is ``PSF_R``."""
+    for known in FITS_NAMES["data"]:
+        if name.upper().startswith(f"{known}_"):
+            return name.upper().removeprefix(known)
+    return ""
+
+
+def _noise_in_header(header) -> np.ndarray | None:
+    """One standard deviation for all pixels, if the header has it."""
+    value = header.get("NOISERMS")
+    if isinstance(value, int | float) and np.isfinite(value) and value > 0:
+        return np.array(float(value))
+    return None
 
 
 def _is_image(hdu) -> bool:

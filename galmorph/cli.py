@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from galmorph import _cli_calibrate, _cli_generate, _cli_train, _cli_weights
+from galmorph import _cli_calibrate, _cli_catalog, _cli_generate, _cli_train, _cli_weights
 
 __all__ = ["main"]
 
@@ -43,6 +43,7 @@ _MAIN_EPILOG = (
 start with:
   galmorph demo               see it work on the Hubble eXtreme Deep Field
   galmorph fit --help         fit your own images
+  galmorph catalog --help     catalogue of a field
   galmorph train --help       train a network on your own stamps
 
 """
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_demo(commands)
     _add_fit(commands)
+    _cli_catalog.add_parser(commands)
     _cli_train.add_parser(commands)
     _cli_weights.add_parser(commands)
     _cli_calibrate.add_parser(commands)
@@ -130,6 +132,39 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", help="show where an error came from (traceback)"
     )
+
+
+def _add_image_arguments(parser: argparse.ArgumentParser, text: str) -> None:
+    """The image, its noise, mask and PSF."""
+    group = parser.add_argument_group("input")
+    group.add_argument("image", metavar="IMAGE", help=text)
+    group.add_argument(
+        "--ext", metavar="EXT",
+        help="extension of IMAGE, as 1 or SCI or SCI,2 (default: SCI or the first image)",
+    )  # fmt: skip
+    group.add_argument(
+        "--uncertainty", metavar="FILE|VALUE",
+        help="of the pixels; a file of IMAGE's shape, or a number (default: the extension ERR, "
+        "VAR or IVAR of IMAGE, or an estimate from each stamp)",
+    )  # fmt: skip
+    group.add_argument(
+        "--uncertainty-type", choices=("std", "var", "ivar"), default="std",
+        help="standard deviation, variance or inverse variance (default: std)",
+    )  # fmt: skip
+    group.add_argument("--mask", metavar="FILE", help="pixels that are not 0 or false are bad")
+    group.add_argument(
+        "--psf", metavar="FILE|fwhm=F|auto",
+        help="PSF image (a cube: one a stamp); a Gaussian of F pixels; or measured from the "
+        "point sources of IMAGE. By default an extension PSF of IMAGE, or none",
+    )  # fmt: skip
+    group.add_argument(
+        "--psf-oversampling", type=_positive_int, metavar="N",
+        help="samples of the PSF file per pixel along each axis (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--psf-without-pixel", action="store_true",
+        help="the PSF file is optical only: the pixel's response is not in it",
+    )  # fmt: skip
 
 
 def _add_demo(commands) -> None:
@@ -161,40 +196,11 @@ def _add_fit(commands) -> None:
         epilog=_FIT_EPILOG,
         formatter_class=_Formatter,
     )
-    group = parser.add_argument_group("input")
-    group.add_argument(
-        "image", metavar="IMAGE",
-        help="FITS file (or .npy array): one stamp (ny, nx), a cube of stamps (N, ny, nx), or, "
+    _add_image_arguments(
+        parser,
+        "FITS file (or .npy array): one stamp (ny, nx), a cube of stamps (N, ny, nx), or, "
         "with --positions or --detect, a large image",
-    )  # fmt: skip
-    group.add_argument(
-        "--ext", metavar="EXT",
-        help="extension of IMAGE, as 1 or SCI or SCI,2 (default: SCI or the first image)",
-    )  # fmt: skip
-    group.add_argument(
-        "--uncertainty", metavar="FILE|VALUE",
-        help="of the pixels; a file of IMAGE's shape, or a number (default: the extension ERR, "
-        "VAR or IVAR of IMAGE, or an estimate from each stamp)",
-    )  # fmt: skip
-    group.add_argument(
-        "--uncertainty-type", choices=("std", "var", "ivar"), default="std",
-        help="standard deviation, variance or inverse variance (default: std)",
-    )  # fmt: skip
-    group.add_argument("--mask", metavar="FILE", help="pixels that are not 0 or false are bad")
-    group.add_argument(
-        "--psf", metavar="FILE|fwhm=F|auto",
-        help="PSF image (a cube: one a stamp); a Gaussian of F pixels; or measured from the "
-        "point sources of IMAGE. By default an extension PSF of IMAGE, or none",
-    )  # fmt: skip
-    group.add_argument(
-        "--psf-oversampling", type=_positive_int, metavar="N",
-        help="samples of the PSF file per pixel along each axis (default: 1)",
-    )  # fmt: skip
-    group.add_argument(
-        "--psf-without-pixel", action="store_true",
-        help="the PSF file is optical only: the pixel's response is not in it",
-    )  # fmt: skip
-
+    )
     group = parser.add_argument_group("galaxies")
     where = group.add_mutually_exclusive_group()
     where.add_argument(
@@ -314,6 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "demo": _demo,
         "fit": _fit,
+        "catalog": _cli_catalog.run,
         "train": _cli_train.run,
         "weights": _cli_weights.run,
         "calibrate": _cli_calibrate.run,
