@@ -25,6 +25,7 @@ __all__ = [
     "MultiBandResult",
     "NestedFitter",
     "Normal",
+    "PSFField",
     "Photometry",
     "PointSource2D",
     "SceneResult",
@@ -72,6 +73,7 @@ _HOME = {
     "MCMCFitter": "sampling",
     "NestedFitter": "sampling",
     "PSF": "psf",
+    "PSFField": "psf",
     "fit_images": "images",
 }
 

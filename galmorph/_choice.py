@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -95,14 +96,15 @@ def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[n
     snr = _snr(scene)
     for some, data, sigma, origin in stamps_alone(scene, psf_error=candidates.psf_error):
         position = np.stack([scene.sources[k].params[1:3] for k in some]) - origin
-        for m, model in enumerate(models):
-            look = slice(None)
+        for part, (m, model) in product(scene.alike(some, len(some)), enumerate(models)):
+            look = part
             if isinstance(model, LearnedGalaxy2D) and model is not candidates.first:
-                look = np.flatnonzero(snr[some] > _LEARNED_SNR)
+                look = part[snr[some[part]] > _LEARNED_SNR]
                 if not len(look):
                     continue
             rows = some[look]
-            drawn, own = _with_size_prior(model, fitter, scene.psf)
+            psf = scene.psfs_of(rows)
+            drawn, own = _with_size_prior(model, fitter, scene.psf_of(some[part[0]]))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # flags say as much
                 fit = fit_images(
@@ -110,7 +112,7 @@ def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[n
                     drawn,
                     own,
                     uncertainty=sigma[look],
-                    psf=scene.psf,
+                    psf=psf,
                     positions=position[look],
                 )
                 value[rows, m] = log_evidence(fit, method="laplace")[0]

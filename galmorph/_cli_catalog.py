@@ -138,6 +138,10 @@ def add_parser(subparsers) -> None:
     group.add_argument(
         "--checkpoint", metavar="FILE", help="finished fits (default: OUTPUT.checkpoint)"
     )
+    group.add_argument(
+        "--workers", type=cli._positive_int, default=1, metavar="N",
+        help="processes that fit (default: 1)",
+    )  # fmt: skip
     group.add_argument("--restart", action="store_true", help="ignore and delete an old checkpoint")
     cli._add_common(parser)
 
@@ -197,6 +201,7 @@ def run(args: argparse.Namespace) -> int:
             bands=dict(args.band),
             max_group=args.max_group,
             checkpoint=checkpoint,
+            workers=args.workers,
             progress=report,
         )
     found.meta["command"] = "galmorph catalog"

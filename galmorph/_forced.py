@@ -17,6 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from galmorph import _sky
 from galmorph._scenes import _overlap
+from galmorph.psf import psf_kind, shared_or_each
 
 __all__ = ["Boxes", "Carrier", "LinearFit", "draw", "reaches", "shape_spread", "solve"]
 
@@ -201,19 +202,29 @@ class Boxes:
 
 
 def draw(boxes: Boxes, models: Sequence[Any], params: Sequence[np.ndarray], psf: Any) -> np.ndarray:
-    """Images of sources in their boxes, one after another, as one array."""
+    """Images of sources in their boxes, one after another, as one array.
+
+    ``psf`` is one for all, or a list of one each.
+    """
     values = np.zeros(len(boxes.pixels))
-    kinds: dict[tuple[int, int], list[int]] = {}
+    psfs = psf if isinstance(psf, list) else [psf] * len(models)
+    kinds: dict[tuple, list[int]] = {}
     for i, model in enumerate(models):
         if boxes.start[i + 1] > boxes.start[i] and np.isfinite(params[i]).all():
-            kinds.setdefault((id(model), int(boxes.sides[i])), []).append(i)
-    for (_, side), members in kinds.items():
+            key = (int(boxes.sides[i]), id(model), psf_kind(psfs[i]))
+            kinds.setdefault(key, []).append(i)
+    for (side, *_), members in kinds.items():
         for rows in np.array_split(members, max(1, len(members) * side**2 // _PIXELS)):
             if not len(rows):
                 continue
             own = np.stack([params[i] for i in rows])
             own[:, 1:3] -= boxes.origin[rows]
-            images = models[rows[0]].render((side, side), params=own, psf=psf, dtype="float32")
+            images = models[rows[0]].render(
+                (side, side),
+                params=own,
+                psf=shared_or_each(psfs[i] for i in rows),
+                dtype="float32",
+            )
             for i, image in zip(rows, np.nan_to_num(images), strict=True):
                 values[boxes.start[i] : boxes.start[i + 1]] = image[boxes.here[i]].ravel()
     return values
@@ -385,7 +396,7 @@ def shape_spread(
         Of each source: its parameters that make its shape.
     result : SceneResult
         Where the parameters and their covariance are from.
-    psf : PSF or None
+    psf : PSF, list of PSF, or None
     weight : array, shape (npix,)
         One over the uncertainty of the pixels.
     """

@@ -49,16 +49,14 @@ class Memory:
         self._file = Checkpoint(path, {"kind": "scenes", "fitter": describe(fitter)})
         self._known = {str(record["key"]): record for record in self._file.records}
         self._file.records = []
-        self._key = ""
 
-    def find(self, setups, batch, start, guess, known) -> tuple[Any, Any] | None:
+    def find(self, asked: Any) -> tuple[Any, Any] | None:
         """The fit of a batch, and what its noise depends on, if it was done before."""
-        self._key = _digest(setups, batch, start, guess, known)
-        record = self._known.get(self._key)
+        record = self._known.get(_digest(asked))
         return None if record is None else _read(record)
 
-    def keep(self, fits: Any, known: Any) -> None:
-        """Put the fit that was asked for last in the file."""
+    def keep(self, asked: Any, fits: Any, known: Any) -> None:
+        """Put the fit of a batch in the file."""
         arrays = {name: np.asarray(getattr(fits, name)) for name in _FIELDS}
         for name in ("images", "misfit"):  # large, and no more is kept of them
             arrays[name] = arrays[name].astype(np.float32)
@@ -67,7 +65,7 @@ class Memory:
         arrays |= {f"params_{i}": p for i, p in enumerate(fits.params)}
         if known is not None:
             arrays |= {"total": known.total, "off": known.misfit, "known_free": known.n_free}
-        self._file.save(key=np.array(self._key), **arrays)
+        self._file.save(key=np.array(_digest(asked)), **arrays)
 
 
 def _read(record: dict[str, np.ndarray]) -> tuple[Any, Any]:
@@ -84,9 +82,10 @@ def _read(record: dict[str, np.ndarray]) -> tuple[Any, Any]:
     return fits, known
 
 
-def _digest(setups, batch, start, guess, known) -> str:
+def _digest(asked: Any) -> str:
+    batch, known = asked.batch, asked.known
     code = hashlib.blake2b(digest_size=16)
-    for setup in setups:
+    for setup in asked.setups:
         model = setup.model
         values = [float(np.ravel(getattr(model, n).value)[0]) for n in model.param_names]
         limits = [repr((model.bounds[n], model.fixed[n])) for n in model.param_names]
@@ -95,7 +94,8 @@ def _digest(setups, batch, start, guess, known) -> str:
         code.update(repr((setup.background, setup.max_iter, weights)).encode())
     psfs = batch.psf if isinstance(batch.psf, list) else [batch.psf]
     code.update(repr([_psf_digest(p) for p in psfs]).encode())
-    arrays = [batch.data, batch.inv_sigma, batch.position, batch.spread, guess, *(start or [])]
+    arrays = [batch.data, batch.inv_sigma, batch.position, batch.spread]
+    arrays += [asked.guess, np.array(asked.tolerance), *(asked.start or [])]
     if known is not None:
         arrays += [known.total, known.misfit]
     for array in arrays:

@@ -27,6 +27,7 @@ from galmorph._scenes import (
     solve_again,
 )
 from galmorph.flags import FitFlag
+from galmorph.psf import PSF, PSFField, psf_at
 
 __all__ = ["Search", "add_missed", "filters", "find_peaks"]
 
@@ -44,6 +45,8 @@ _RING = 1.6
 _MISFIT = 0.15
 #: Sources closer than this, in FWHM of the PSF, are one.
 _CLOSEST = 0.5
+#: Rounds over the groups while sources are on trial.
+_TRIAL_ROUNDS = 2
 #: Half width, in FWHM of the PSF, of the area that a new source is fitted in.
 _REACH = 4.0
 #: Light, in sigma of a pixel, by which a new source belongs to another's group.
@@ -52,6 +55,8 @@ _TOUCH = 0.5
 _SEEN = 0.5
 #: Pixels with more than this fraction of a source's peak are its own.
 _FOOT = 0.1
+#: Where in an image its PSF is looked at, in units of its sides.
+_PLACES = (0.25, 0.5, 0.75)
 _LATENT = re.compile(r"z\d+")
 
 
@@ -199,18 +204,33 @@ def _shoulders(residual, light, inv_sigma, ring: np.ndarray) -> np.ndarray:
 
 def add_missed(scenes: list[Scene], search: Search, work: Work, max_group: int) -> None:
     """Add the sources that the scenes, which are fitted, miss."""
-    kernels = {scene.psf: filters(scene.psf) for scene in scenes}
+    psfs = {id(scene): _usual_psf(scene) for scene in scenes}
+    made = {psf: filters(psf) for psf in psfs.values()}
+    kernels = {scene: made[psf] for scene, psf in psfs.items()}  # by its id
+    everything = scenes
     for _ in range(search.rounds):
-        trials = [_try(s, kernels[s.psf], search, work.background, max_group) for s in scenes]
+        trials = [_try(s, kernels[id(s)], search, work.background, max_group) for s in scenes]
         trials = tried = [t for t in trials if t is not None]
         while trials:
-            solve_again([t.scene for t in trials], work)
+            solve_again([t.scene for t in trials], work, _TRIAL_ROUNDS)
             trials = [
                 t
                 for t in trials
-                if _judge(t, kernels[t.scene.psf], search.threshold, work.background)
+                if _judge(t, kernels[id(t.scene)], search.threshold, work.background)
             ]
         scenes = [t.scene for t in tried]
+    more = [scene for scene in everything if any(source.added for source in scene.sources)]
+    solve_again(more, work)
+
+
+def _usual_psf(scene: Scene) -> PSF | None:
+    """The PSF that a scene is filtered with: where it changes, that of the middle of widths."""
+    if not isinstance(scene.psf, PSFField):
+        return scene.psf
+    ny, nx = scene.shape
+    places = [*scene.xy, *((x * nx, y * ny) for x in _PLACES for y in _PLACES)]
+    psfs = [psf for psf in (psf_at(scene.psf, xy) for xy in places) if psf is not None]
+    return sorted(psfs, key=lambda psf: psf.sigma)[len(psfs) // 2] if psfs else None
 
 
 def _left(scene: Scene, background: str) -> tuple[np.ndarray, np.ndarray]:
@@ -259,6 +279,8 @@ def _try(scene, kernels: Filters, search: Search, background: str, max_group: in
         # a fit to two galaxies is at neither; what was given may be
         known=np.concatenate([_centres(scene), scene.xy, *scene.refused]),
     )
+    if scene.psf is not None:
+        xy = xy[[psf_at(scene.psf, at) is not None for at in xy]]
     if not len(xy):
         return None
     parent = _parents(scene, xy)

@@ -200,6 +200,7 @@ class _Profiles(_Sources):
         start = params.new_zeros(1, setup.coordinates.size)
         at = {setup.names[b.parameters[0]]: b.coordinates[0] for b in setup.coordinates.blocks}
         self.centre = (at.get("x_0"), at.get("y_0"))
+        self.radii = [at[e.r] for e in setup.ellipses if e.r in at]
         self.size = start.shape[1] + self.linear
 
     def start(self, params: torch.Tensor) -> torch.Tensor:
@@ -211,6 +212,10 @@ class _Profiles(_Sources):
     def bounds(self, params: torch.Tensor, position: torch.Tensor, shift: torch.Tensor):
         middle = SimpleNamespace(x_0=position[:, 0], y_0=position[:, 1])
         lower, upper = _coordinate_bounds(self.setup, params, middle, self.shape, shift)
+        # a half-light radius beyond the box is that of what is wrong there, not of the source
+        largest = np.log(max(self.shape))
+        for c in self.radii:
+            upper[:, c] = torch.maximum(upper[:, c].clamp_max(largest), lower[:, c])
         free = params.new_full((len(params), int(self.linear)), torch.inf)
         return torch.cat([lower, -free], 1), torch.cat([upper, free], 1)
 
@@ -294,6 +299,8 @@ class _Learned(_Sources):
         every = torch.arange(len(u), device=u.device)
         core = u[:, :-1] if self.linear else u
         lower, upper = _bounds(self.problem, core, self.shape, None, every)
+        if upper[0, 2] > lower[0, 2]:  # the radius, as of profiles
+            upper[:, 2] = torch.maximum(upper[:, 2].clamp_max(np.log(max(self.shape))), lower[:, 2])
         held = upper[:, :2] <= lower[:, :2]
         lower[:, :2] = torch.where(held, lower[:, :2], position - shift[:, None])
         upper[:, :2] = torch.where(held, upper[:, :2], position + shift[:, None])

@@ -6,19 +6,21 @@ models of all others taken away, again until that makes no difference (block coo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import distance_transform_edt, label
 from scipy.spatial import cKDTree
 from scipy.special import gammaincinv, gammaln
 
 from galmorph import _inputs
-from galmorph._stamps import _is_list_of_images, _is_saturated, _segments, make_source
+from galmorph._stamps import _PLATEAU, _is_list_of_images, _segments, make_source
 from galmorph.flags import FitFlag
-from galmorph.psf import PSF
+from galmorph.psf import PSF, PSFField, as_field, by_kind, psf_at, psf_kind, shared_or_each
 
 __all__ = ["Scene", "Source", "Work", "read_scenes", "solve_again", "solve_scenes"]
 
@@ -28,6 +30,10 @@ _SIDES = np.array([32, 48, 64, 96, 128, 192, 256, 384, 512])
 _WHOLE = 200
 #: Stamps on which sources are first looked at.
 _FIRST_STAMPS = (61, 121, 241)
+#: Pixels this near belong to a source whatever else is there.
+_OWN = 2.5
+#: Sweeps over the fluxes of all first models, and the least part of a flux that is left.
+_SWEEPS, _FAINTEST = 30, 1e-2
 #: By how much the flux may grow when a larger stamp is looked at.
 _GROWTH = 2.0
 #: Brightness, in sigma of a pixel, at which sources touch, and at which they end.
@@ -46,6 +52,8 @@ _FEW = 15
 #: Changes of chi2 that end fits of groups, in the first round, when neighbours are not known, and
 #: later.
 _FIRST, _LATER = 0.5, 1e-2
+#: Half width in pixels of where a plateau is looked for, and its least significance.
+_CORE, _BRIGHT = 4, 10.0
 #: How often noise that depends on the model is found anew, and the change of fluxes, in sigma,
 #: that ends this.
 _REWEIGHTINGS, _SAME = 3, 0.1
@@ -91,7 +99,7 @@ class Scene:
 
     data: np.ndarray
     inv_sigma: np.ndarray
-    psf: PSF | None
+    psf: PSF | PSFField | None
     flags: int
     wcs: Any
     unit: Any
@@ -109,6 +117,27 @@ class Scene:
     def shape(self) -> tuple[int, int]:
         return self.data.shape
 
+    def psf_of(self, k: int) -> PSF | None:
+        """The PSF of a source, where it was given."""
+        return psf_at(self.psf, self.xy[k])
+
+    def psfs_of(self, sources: np.ndarray) -> PSF | list[PSF] | None:
+        """The PSF of some sources, or a list of them if they differ."""
+        if not isinstance(self.psf, PSFField):
+            return self.psf
+        return shared_or_each(self.psf_of(k) for k in sources)
+
+    def alike(self, sources: np.ndarray, most: int) -> Iterator[np.ndarray]:
+        """Parts (indices) of some sources, of about ``most``, whose PSFs are alike."""
+        for rows in by_kind(self.psf_of(k) for k in sources):
+            yield from np.array_split(rows, max(1, len(rows) // most))
+
+    def psf_of_group(self, group: Group) -> PSF | None:
+        """The PSF that a group is fitted with: that of the source nearest to its middle."""
+        members = np.sort(group.members)
+        distance = np.hypot(*(self.xy[members] - self.xy[members].mean(0)).T)
+        return self.psf_of(members[distance.argmin()])
+
 
 # -- what the user gave ----------------------------------------------------------------------
 
@@ -124,6 +153,9 @@ def read_scenes(
     position_prior: Any,
 ) -> tuple[list[Scene], bool]:
     """Scenes of the arguments of `galmorph.deblend`, and whether it was one image."""
+    varying = as_field(psf if psf is not None else getattr(image, "psf", None))
+    if varying is not None:
+        psf = np.ones((1, 1))  # one that the image brings is not asked for
     stamps = make_source(image, uncertainty=uncertainty, mask=mask, psf=psf)
     single = len(stamps) == 1 and not _is_stack(image)
     each = [sources] if single else _one_each(sources, len(stamps), "sources")
@@ -133,7 +165,7 @@ def read_scenes(
         wcs = stamps.wcs[i] if isinstance(stamps.wcs, list) else stamps.wcs
         data, inv_sigma = batch.data[0], batch.inv_sigma[0]
         xy, ids = _read_sources(each[i], data, inv_sigma, wcs)
-        own = batch.psf[0] if isinstance(batch.psf, list) else batch.psf
+        own = varying or (batch.psf[0] if isinstance(batch.psf, list) else batch.psf)
         scene = Scene(
             data=data,
             inv_sigma=inv_sigma,
@@ -237,6 +269,9 @@ def _first_flags(scene: Scene) -> np.ndarray:
             flags[k] |= int(FitFlag.NO_DATA)
         elif not used[distance <= 1.5].all():
             flags[k] |= int(FitFlag.BAD_CENTER)
+    if isinstance(scene.psf, PSFField):
+        none = np.array([psf_at(scene.psf, xy) is None for xy in scene.xy], dtype=bool)
+        flags[none & ~out] |= int(FitFlag.BAD_PSF)
     return flags
 
 
@@ -249,7 +284,8 @@ def make_groups(scene: Scene, setup: Any, max_group: int) -> None:
     members = np.flatnonzero(usable)
     if not members.size:
         return
-    if members.size <= max_group and max(scene.shape) <= _WHOLE:
+    one = not isinstance(scene.psfs_of(members), list)
+    if one and members.size <= max_group and max(scene.shape) <= _WHOLE:
         scene.groups = [Group(members, (0, 0), scene.shape)]
         return
     guess = _first_look(scene, setup, members)
@@ -272,39 +308,75 @@ def _side(wanted: int) -> int:
 
 def _first_look(scene: Scene, setup: Any, members: np.ndarray) -> np.ndarray:
     """Sérsic parameters (M, 7) of sources, each by itself, then with the others taken away."""
-    guess, light = _look(scene, setup, members, None), None
+    guess = _look(scene, setup, members, None)
     for _ in range(2):
-        light = _light_of(scene, guess)
+        guess[:, 0] = _shared_fluxes(scene, members, guess)
+        light = _light_of(scene, members, guess)
         guess = _look(scene, setup, members, (light, guess))
+    guess[:, 0] = _shared_fluxes(scene, members, guess)
     return guess
 
 
-def _light_of(scene: Scene, params: np.ndarray) -> np.ndarray:
-    """Image of Sérsic profiles (M, 7), each drawn as far as it matters."""
+def _shared_fluxes(scene: Scene, members: np.ndarray, params: np.ndarray) -> np.ndarray:
+    """Fluxes (M,) of all profiles together that fit best, none below a bit of what it was.
+
+    Coordinate descent, which settles however much sources overlap.
+    """
+    unit = params.copy()
+    unit[:, 0] = 1.0
+    stamps: dict[int, tuple] = {}
+    for rows, origins, images in _drawn(scene, members, unit):
+        for row, (x, y), image in zip(rows.tolist(), origins, images, strict=True):
+            data, weight = _cut(scene, (y, x), image.shape)
+            stamps[row] = (np.array([y, x]), image * weight, (image * weight * data * weight).sum())
+    count = len(members)
+    corner = np.array([stamps[k][0] for k in range(count)])
+    size = np.array([stamps[k][1].shape[0] for k in range(count)])
+    gram: list[dict[int, float]] = [{} for _ in range(count)]
+    tree = cKDTree(corner + size[:, None] / 2)
+    for i, j in tree.query_pairs(size.max(), p=np.inf):
+        there, here = _overlap((size[i],) * 2, corner[j] - corner[i], (size[j],) * 2)
+        value = float((stamps[i][1][there] * stamps[j][1][here]).sum())
+        if value:
+            gram[i][j] = gram[j][i] = value
+    own = np.array([(stamps[k][1] ** 2).sum() for k in range(count)])
+    right = np.array([stamps[k][2] for k in range(count)])
+    flux = np.nan_to_num(params[:, 0]).clip(0)
+    least = np.maximum(_FAINTEST * flux, 1e-3 / np.sqrt(np.where(own > 0, own, 1.0)))
+    for _ in range(_SWEEPS):
+        for k in np.flatnonzero(own > 0):
+            others = sum(value * flux[j] for j, value in gram[k].items())
+            flux[k] = max((right[k] - others) / own[k], least[k])
+    return np.where(np.isfinite(params[:, 0]), flux, np.nan)
+
+
+def _light_of(scene: Scene, members: np.ndarray, params: np.ndarray) -> np.ndarray:
+    """Image of Sérsic profiles (M, 7) of sources, each drawn as far as it matters."""
     total = np.zeros(scene.shape)
-    for _, origin, images in _drawn(scene, params):
+    for _, origin, images in _drawn(scene, members, params):
         for o, image in zip(origin, images, strict=True):
             there, here = _overlap(scene.shape, (o[1], o[0]), image.shape)
             total[there] += image[here]
     return total
 
 
-def _drawn(scene: Scene, params: np.ndarray):
+def _drawn(scene: Scene, members: np.ndarray, params: np.ndarray):
     """Rows, origins (x, y) and images of profiles, some that have stamps of one size at a time."""
     from galmorph.models.sersic import SersicGalaxy2D
 
-    model = SersicGalaxy2D(psf=scene.psf)
+    model = SersicGalaxy2D()
     wanted = np.nan_to_num(8 * params[:, 3])
     sides = np.array(_FIRST_STAMPS)
     side = sides[np.searchsorted(sides, wanted).clip(max=len(sides) - 1)]
     for n in sides:
-        for rows in np.array_split(np.flatnonzero(side == n), max(1, (side == n).sum() // 128)):
-            if rows.size:
-                own = params[rows].copy()
-                origin = np.rint(np.nan_to_num(own[:, 1:3])).astype(int) - n // 2
-                own[:, 1:3] -= origin
-                images = model.render((n, n), params=own, dtype="float32")
-                yield rows, origin, np.nan_to_num(images)
+        here = np.flatnonzero(side == n)
+        for part in scene.alike(members[here], 128):
+            rows = here[part]
+            own, psf = params[rows].copy(), scene.psfs_of(members[rows])
+            origin = np.rint(np.nan_to_num(own[:, 1:3])).astype(int) - n // 2
+            own[:, 1:3] -= origin
+            images = model.render((n, n), params=own, psf=psf, dtype="float32")
+            yield rows, origin, np.nan_to_num(images)
 
 
 def _look(scene, setup, members, known) -> np.ndarray:
@@ -316,18 +388,23 @@ def _look(scene, setup, members, known) -> np.ndarray:
     if known is not None:
         light, before = known
         own = {}
-        for rows, origins, images in _drawn(scene, before):
+        for rows, origins, images in _drawn(scene, members, before):
             own |= dict(zip(rows.tolist(), zip(origins, images, strict=True), strict=True))
     todo = np.arange(len(members))
+    nearest = _nearest(scene, members) if known is None else None
     # what others leave is not known at first: larger stamps would have more of it
     for side in _FIRST_STAMPS if known is not None else _FIRST_STAMPS[:1]:
-        for rows in np.array_split(todo, max(1, len(todo) // 256)):
+        for part in scene.alike(members[todo], 256):
+            rows = todo[part]
             xy = scene.xy[members[rows]]
             origin = np.rint(xy).astype(int) - side // 2
             cuts = []
             for row, (x, y) in zip(rows, origin, strict=True):
                 if own is None:
-                    cuts.append(_cut(scene, (y, x), (side, side)))
+                    data, weight, cell = _cut(scene, (y, x), (side, side), nearest)
+                    near = np.hypot(*(np.mgrid[:side, :side] - side // 2)) < _OWN
+                    weight[~near & (cell != row + 1)] = 0.0
+                    cuts.append((np.where(weight > 0, data, 0.0), weight))
                     continue
                 data, weight, others = _cut(scene, (y, x), (side, side), light)
                 at, image = own[int(row)]
@@ -341,7 +418,7 @@ def _look(scene, setup, members, known) -> np.ndarray:
             batch = SceneBatch(
                 data=np.stack([d for d, _ in cuts])[seen],
                 inv_sigma=np.stack([w for _, w in cuts])[seen],
-                psf=scene.psf,
+                psf=scene.psfs_of(members[rows[seen]]),
                 position=(xy - origin)[seen, None],
                 spread=scene.spread[members[rows], None][seen],
             )
@@ -354,6 +431,16 @@ def _look(scene, setup, members, known) -> np.ndarray:
         if not len(todo):
             break
     return guess
+
+
+def _nearest(scene: Scene, members: np.ndarray) -> np.ndarray:
+    """Number of the source that is nearest to each pixel, from 1; (ny, nx)."""
+    seeds = np.zeros(scene.shape, dtype=np.int32)
+    x, y = np.rint(scene.xy[members]).astype(int).T
+    ny, nx = scene.shape
+    seeds[y.clip(0, ny - 1), x.clip(0, nx - 1)] = np.arange(len(members)) + 1
+    at = distance_transform_edt(seeds == 0, return_distances=False, return_indices=True)
+    return seeds[tuple(at)]
 
 
 def _cut(scene: Scene, origin: tuple[int, int], shape: tuple[int, int], *others: np.ndarray):
@@ -388,7 +475,8 @@ def _radius_at(scene, members, guess, level: float) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         peak = np.log(flux * inv_sigma / level) + log_norm - np.log((1 - ellip) * r**2)
         radius = r * np.minimum((np.maximum(peak, 0) / b) ** n, _FARTHEST)
-    blur = 0.0 if scene.psf is None else 3 * scene.psf.sigma
+    psfs = [scene.psf_of(k) for k in members]
+    blur = np.array([0.0 if p is None else 3 * p.sigma for p in psfs])
     radius = np.hypot(np.nan_to_num(radius), blur)
     return radius.clip(_LEAST_RADIUS, _LARGEST_RADIUS)
 
@@ -439,6 +527,7 @@ class Work:
     fitter: Any
     background: str
     memory: Any = None
+    workers: int = 1
     setups: dict[int, Any] = field(default_factory=dict)
 
     def prepare(self, scenes: list[Scene]) -> None:
@@ -451,6 +540,30 @@ class Work:
 
     def setup_of(self, scene: Scene, k: int) -> Any:
         return self.setups[id(scene.models[k])]
+
+    def answers(self, asked: list[_Asked]) -> Iterator[tuple[Any, str | None]]:
+        """Fits of batches, in their order, or what went wrong; each is kept as it is found."""
+        remembered = [None if self.memory is None else self.memory.find(own) for own in asked]
+        news = [own for own, known in zip(asked, remembered, strict=True) if known is None]
+        found = self._computed(news)
+        for own, known in zip(asked, remembered, strict=True):
+            if known is not None:
+                yield known, None
+                continue
+            answer, error = next(found)
+            if error is None and self.memory is not None:
+                self.memory.keep(own, *answer)
+            yield answer, error
+
+    def _computed(self, asked: list[_Asked]) -> Iterator[tuple[Any, str | None]]:
+        if self.workers == 1 or len(asked) < 2:
+            return (own.answer() for own in asked)
+        from joblib import Parallel, delayed
+
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*worker stopped.*")
+            pool = Parallel(n_jobs=self.workers, return_as="generator", max_nbytes=None)
+            return pool(delayed(_Asked.answer)(own) for own in asked)
 
 
 def _with_own_priors(fitter: Any, model: Any) -> Any:
@@ -475,9 +588,7 @@ def solve_scenes(
     _take_turns(scenes, totals, work, report)
 
 
-def solve_again(
-    scenes: list[Scene], work: Work, report: Callable[[int], None] = lambda done: None
-) -> None:
+def solve_again(scenes: list[Scene], work: Work, rounds: int | None = None) -> None:
     """Fit scenes from where they are, as after other models were given to some sources.
 
     Groups without ``seen`` are fitted, and others if that changes what they see of them.
@@ -485,7 +596,8 @@ def solve_again(
     work.prepare(scenes)
     for scene in scenes:
         _enrol(scene, work)
-    _take_turns(scenes, [_light(scene) for scene in scenes], work, report)
+    totals = [_light(scene) for scene in scenes]
+    _take_turns(scenes, totals, work, lambda done: None, rounds or _ROUNDS)
 
 
 def _enrol(scene: Scene, work: Work) -> None:
@@ -498,14 +610,14 @@ def _enrol(scene: Scene, work: Work) -> None:
             scene.sources[k].box = group.box
 
 
-def _take_turns(scenes, totals, work, report) -> None:
+def _take_turns(scenes, totals, work, report, rounds: int = _ROUNDS) -> None:
     """Fit all groups, with the light of others (in ``totals``) taken away, until they agree.
 
     After the first round, in which all start from a first look, groups that share much are not
     fitted at once, each with what the others were before: this would swing, and not settle.
     """
     shifts = [[scene.groups] for scene in scenes]
-    for turn in range(_ROUNDS):
+    for turn in range(rounds):
         if turn == 1:
             shifts = [_shifts(scene.groups) for scene in scenes]
         done = 0
@@ -516,8 +628,7 @@ def _take_turns(scenes, totals, work, report) -> None:
                 for scene, total, groups in zip(scenes, totals, now, strict=True)
                 for task in _tasks(scene, groups, total, turn)
             ]
-            for batch in _alike(tasks, work):
-                _fit_batch(batch, work)
+            for batch in _fit_all(_alike(tasks, work), work):
                 if turn == 0:
                     report(sum(len(task.group.members) for task in batch))
             for i, scene in enumerate(scenes):
@@ -554,10 +665,10 @@ def _first_light(scene: Scene) -> np.ndarray:
     """Image of all first guesses; each is kept with its source."""
     from galmorph.models.sersic import SersicGalaxy2D
 
-    model = SersicGalaxy2D(psf=scene.psf)
+    model = SersicGalaxy2D()
     for group in scene.groups:
-        params = _guess_of(scene, group)
-        images = model.render(group.shape, params=params, dtype="float32")
+        params, psf = _guess_of(scene, group), scene.psf_of_group(group)
+        images = model.render(group.shape, params=params, psf=psf, dtype="float32")
         for k, image in zip(group.members, np.nan_to_num(images), strict=True):
             scene.sources[k].image = image
     return _light(scene)
@@ -634,13 +745,11 @@ def _alike(tasks: list[_Task], work: Work) -> list[list[_Task]]:
     """Tasks that can be fitted as one batch: the same shape, models and kind of PSF."""
     batches: dict[tuple, list[_Task]] = {}
     for task in tasks:
-        scene, psf = task.scene, task.scene.psf
+        scene = task.scene
         key = (
             task.data.shape,
             tuple(id(work.setup_of(scene, k)) for k in task.group.members),
-            None
-            if psf is None
-            else (psf.oversampling, psf.includes_pixel, psf.shape[0] % 2, psf.shape[1] % 2),
+            psf_kind(scene.psf_of_group(task.group)),
             task.start is None,
             scene.sources[task.group.members[0]].guess is None,
         )
@@ -648,72 +757,97 @@ def _alike(tasks: list[_Task], work: Work) -> list[list[_Task]]:
     result = []
     for batch in batches.values():
         pixels = batch[0].data.size * len(batch[0].group.members)
-        step = int(np.clip(2**20 // pixels, 1, 64))
+        step = int(np.clip(2**21 // pixels, 1, 512))
         result += [batch[i : i + step] for i in range(0, len(batch), step)]
     return result
 
 
-def _fit_batch(tasks: list[_Task], work: Work) -> None:
-    """Fit groups that are alike; where one makes the fit fail, the others are done without."""
-    try:
-        _fit(tasks, work)
-    except Exception as error:
-        if len(tasks) > 1:
-            for task in tasks:
-                _fit_batch([task], work)
-            return
-        task = tasks[0]
-        for k in task.group.members:
-            task.scene.sources[k].flags |= int(FitFlag.NOT_CONVERGED | FitFlag.BAD_COVARIANCE)
-            task.scene.errors[str(task.scene.ids[k])] = f"{type(error).__name__}: {error}"
+def _fit_all(batches: list[list[_Task]], work: Work) -> Iterator[list[_Task]]:
+    """Fit batches, by several processes if there are; yields each as it is done."""
+    asked = [_Asked.of(tasks, work) for tasks in batches]
+    for tasks, own, (found, error) in zip(batches, asked, work.answers(asked), strict=True):
+        if error is None:
+            own.keep(tasks, *found)
+        elif len(tasks) > 1:  # one makes the fit fail: the others are done without
+            for _ in _fit_all([[task] for task in tasks], work):
+                pass
+        else:
+            task = tasks[0]
+            for k in task.group.members:
+                task.scene.sources[k].flags |= int(FitFlag.NOT_CONVERGED | FitFlag.BAD_COVARIANCE)
+                task.scene.errors[str(task.scene.ids[k])] = error
+        yield tasks
 
 
-def _fit(tasks: list[_Task], work: Work) -> None:
-    from galmorph._scenefit import SceneBatch
+@dataclass
+class _Asked:
+    """All that the fit of a batch needs to know."""
 
-    first = tasks[0]
-    members = [(t, t.group.members) for t in tasks]
-    origin = np.array([t.group.origin[::-1] for t in tasks])
-    psfs = [t.scene.psf for t in tasks]
-    shared = all(p is psfs[0] for p in psfs)
-    batch = SceneBatch(
-        data=np.stack([t.data for t in tasks]),
-        inv_sigma=np.stack([t.inv_sigma for t in tasks]),
-        psf=psfs[0] if shared else psfs,
-        position=np.stack([t.scene.xy[m] for t, m in members]) - origin[:, None],
-        spread=np.stack([t.scene.spread[m] for t, m in members]),
-    )
-    few = (batch.inv_sigma > 0).sum((1, 2)) == 0
-    if few.any():
-        raise ValueError("there are no usable pixels")
-    own = [work.setup_of(first.scene, k) for k in first.group.members]
-    start = None
-    if first.start is not None:
-        # sources that share their setup are drawn together
-        short = {id(s): replace(s, max_iter=min(s.max_iter, _FEW)) for s in own}
-        own = [short[id(s)] for s in own]
-        start = [np.stack([t.start[j] for t in tasks]) for j in range(len(own))]
-    guess = [_guess_of(t.scene, t.group) for t in tasks]
-    guess = None if any(g is None for g in guess) else np.stack(guess)
-    known = [t.group.known for t in tasks]
-    if any(k is None for k in known):
-        known = None
-    else:
-        total, off = (np.concatenate([getattr(k, n) for k in known]) for n in ("total", "misfit"))
-        known = _Known(total, off, known[0].n_free)
-    again = None if work.memory is None else work.memory.find(own, batch, start, guess, known)
-    if again is None:
-        noise, tolerance = work.fitter.noise, first.tolerance
-        fits, known = fit_with_noise(own, batch, noise, start, guess, known, tolerance)
-        if work.memory is not None:
-            work.memory.keep(fits, known)
-    else:
-        fits, known = again
-    for b, task in enumerate(tasks):
-        if known is not None:
-            rows = slice(b, b + 1)
-            task.group.known = _Known(known.total[rows], known.misfit[rows], known.n_free)
-        _keep(task, fits, b)
+    setups: list[Any]
+    batch: Any
+    start: list[np.ndarray] | None
+    guess: np.ndarray | None
+    known: _Known | None
+    noise: Any
+    tolerance: float
+
+    @classmethod
+    def of(cls, tasks: list[_Task], work: Work) -> _Asked:
+        from galmorph._scenefit import SceneBatch
+
+        first = tasks[0]
+        members = [(t, t.group.members) for t in tasks]
+        origin = np.array([t.group.origin[::-1] for t in tasks])
+        batch = SceneBatch(
+            data=np.stack([t.data for t in tasks]),
+            inv_sigma=np.stack([t.inv_sigma for t in tasks]),
+            psf=shared_or_each(t.scene.psf_of_group(t.group) for t in tasks),
+            position=np.stack([t.scene.xy[m] for t, m in members]) - origin[:, None],
+            spread=np.stack([t.scene.spread[m] for t, m in members]),
+        )
+        own = [work.setup_of(first.scene, k) for k in first.group.members]
+        start = None
+        if first.start is not None:
+            # sources that share their setup are drawn together
+            short = {id(s): replace(s, max_iter=min(s.max_iter, _FEW)) for s in own}
+            own = [short[id(s)] for s in own]
+            start = [np.stack([t.start[j] for t in tasks]) for j in range(len(own))]
+        guess = [_guess_of(t.scene, t.group) for t in tasks]
+        guess = None if any(g is None for g in guess) else np.stack(guess)
+        known = [t.group.known for t in tasks]
+        if any(k is None for k in known):
+            known = None
+        else:
+            total, off = (
+                np.concatenate([getattr(k, n) for k in known]) for n in ("total", "misfit")
+            )
+            known = _Known(total, off, known[0].n_free)
+        return cls(own, batch, start, guess, known, work.fitter.noise, first.tolerance)
+
+    def answer(self) -> tuple[Any, str | None]:
+        """Fits and what noise depends on; or what went wrong."""
+        try:
+            if ((self.batch.inv_sigma > 0).sum((1, 2)) == 0).any():
+                raise ValueError("there are no usable pixels")
+            return fit_with_noise(
+                self.setups,
+                self.batch,
+                self.noise,
+                self.start,
+                self.guess,
+                self.known,
+                self.tolerance,
+            ), None
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
+    def keep(self, tasks: list[_Task], fits: Any, known: _Known | None) -> None:
+        """Put the fits in the sources and groups."""
+        for b, task in enumerate(tasks):
+            if known is not None:
+                rows = slice(b, b + 1)
+                task.group.known = _Known(known.total[rows], known.misfit[rows], known.n_free)
+            _keep(task, fits, b)
 
 
 @dataclass
@@ -779,7 +913,6 @@ def _keep(task: _Task, fits: Any, b: int) -> None:
     dof = int(used.sum()) - fits.n_free
     size = sum(p.shape[1] for p in fits.params)
     group.cov = fits.cov[b, :size, :size]
-    saturated = bool(_is_saturated(task.data[None], task.inv_sigma[None])[0])
     first = 0
     for j, k in enumerate(group.members):
         source, params = scene.sources[k], fits.params[j][b]
@@ -799,7 +932,9 @@ def _keep(task: _Task, fits: Any, b: int) -> None:
                 params[0] > 0 if variance == 0 else params[0] >= 5 * np.sqrt(variance)
             ),
             FitFlag.EDGE: _near_edge(source.params[1:3], scene.shape),
-            FitFlag.SATURATED: saturated and _is_peak(task.data, params),
+            FitFlag.SATURATED: is_saturated(
+                scene.data, scene.data * scene.inv_sigma > _BRIGHT, source.params[1:3]
+            ),
             FitFlag.POOR_FIT: dof > 0
             and (fits.chi2[b] > 2 * dof or fits.chi2[b] - dof > 10 * np.sqrt(2 * dof)),
         }
@@ -814,7 +949,17 @@ def _near_edge(xy: np.ndarray, shape: tuple[int, int]) -> bool:
     return bool(min(x, y, shape[1] - 1 - x, shape[0] - 1 - y) < 2)
 
 
-def _is_peak(data: np.ndarray, params: np.ndarray) -> bool:
-    """Whether the brightest pixels are those of a source."""
-    y, x = np.unravel_index(np.argmax(data), data.shape)
-    return bool(np.hypot(x - params[1], y - params[2]) < 8)
+def is_saturated(data: np.ndarray, bright: np.ndarray, xy: np.ndarray) -> bool:
+    """Whether the brightest of the pixels about a position (x, y) form a plateau of one value.
+
+    ``data`` are pixels as they were measured: what is taken away would hide a plateau.
+    """
+    if not np.isfinite(xy).all():
+        return False
+    x, y = (int(v) for v in np.rint(np.clip(xy, -1e6, 1e6)))
+    box = tuple(slice(max(v - _CORE, 0), max(v + _CORE + 1, 0)) for v in (y, x))
+    near = np.where(bright[box], data[box], -np.inf)
+    if not near.size or not np.isfinite(near.max()):
+        return False
+    parts, count = label(near == near.max())
+    return bool(count and np.bincount(parts.ravel())[1:].max() >= _PLATEAU)

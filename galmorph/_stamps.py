@@ -23,7 +23,7 @@ from galmorph import _inputs
 from galmorph._inputs import Frame
 from galmorph.flags import FitFlag
 from galmorph.noise import MIN_PIXELS, estimate_noise
-from galmorph.psf import PSF
+from galmorph.psf import PSF, as_field, by_kind, psf_at, shared_or_each
 
 __all__ = ["StampBatch", "StampSource"]
 
@@ -95,19 +95,33 @@ class PSFSource:
     ----------
     psf : object
         None; anything that `PSF.from_any` takes; or a list or an array
-        (n, ky, kx) of those.
+        (n, ky, kx) of those; or, given ``centers``, a `PSFField` or what it is made of.
     n : int
         Number of galaxies.
+    centers : array, shape (n, 2), optional
+        Where in an image (x, y) the galaxies are.
 
     Raises
     ------
+    TypeError
+        If the PSF is a function of position and there are no positions.
     ValueError
         If a PSF that all galaxies share is unusable, or there are not n of them.
     """
 
-    def __init__(self, psf: Any, n: int) -> None:
+    def __init__(self, psf: Any, n: int, centers: np.ndarray | None = None) -> None:
         self.shared: PSF | None = None
         self._each: Sequence | None = None
+        #: of the PSFs of a field; those of one kind may be in one batch
+        self.kinds = np.zeros(n, dtype=int)
+        field = as_field(psf)
+        if field is not None and centers is not None:
+            psf = shared_or_each(psf_at(field, xy) for xy in centers)
+            if isinstance(psf, list):
+                for kind, rows in enumerate(by_kind(psf)):
+                    self.kinds[rows] = kind
+        elif field is not None and not isinstance(psf, Model):
+            raise TypeError("a PSF that changes with position needs an image and positions in it")
         if isinstance(psf, str | os.PathLike) and not _is_sampled_file(psf):
             psf = _inputs.make_frame(psf).data
         if isinstance(psf, fits.ImageHDU | fits.PrimaryHDU) and np.ndim(psf.data) == 3:
@@ -233,7 +247,7 @@ class StampSource:
 
     def _group_keys(self) -> np.ndarray:
         """(N, k): stamps may share a batch if their rows are equal."""
-        return self.shapes
+        return np.column_stack([self.shapes, self.psfs.kinds])
 
     def batches(self, batch_size: int | None = None) -> Iterator[np.ndarray]:
         """Indices of stamps that may be read together, each stamp once.
@@ -304,6 +318,9 @@ class _Selection(StampSource):
         self.wcs = [wcs[i] for i in indices] if isinstance(wcs, list) else wcs
         self.unit, self.psfs, self.name = parent.unit, parent.psfs, parent.name
 
+    def _group_keys(self) -> np.ndarray:
+        return self._parent._group_keys()[self._indices]
+
     def get(self, indices: Any) -> StampBatch:
         indices = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         return replace(self._parent.get(self._indices[indices]), index=indices)
@@ -324,7 +341,9 @@ class CubeSource(StampSource):
             position=position,
             unit=frame.unit,
             wcs=_inputs.sky_wcs(frame.wcs),
-            psf=psf if psf is not None else frame.psf,
+            psf=PSFSource(
+                psf if psf is not None else frame.psf, n, position if self._single else None
+            ),
             name=frame.name,
         )
 
@@ -396,9 +415,8 @@ class ListSource(StampSource):
             raise type(err)(f"image {i} of the list: {err}") from err
 
     def _group_keys(self) -> np.ndarray:
-        if not self._own_psf:
-            return self.shapes
-        return np.column_stack([self.shapes, self._has_psf])
+        keys = super()._group_keys()
+        return np.column_stack([keys, self._has_psf]) if self._own_psf else keys
 
     def _cut(self, indices: np.ndarray) -> _Cut:
         frames = [self._frames[i] or self._frame(i) for i in indices]
@@ -471,7 +489,7 @@ class FieldSource(StampSource):
             ids=ids,
             unit=frame.unit,
             wcs=_inputs.sky_wcs(frame.wcs),
-            psf=psf if psf is not None else frame.psf,
+            psf=PSFSource(psf if psf is not None else frame.psf, len(sizes), centers),
             name=frame.name,
         )
 

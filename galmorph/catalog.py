@@ -24,8 +24,9 @@ from galmorph.models.base import GalaxyModel
 from galmorph.models.bulge_disk import BulgeDiskGalaxy2D
 from galmorph.models.point_source import PointSource2D
 from galmorph.models.sersic import SersicGalaxy2D
+from galmorph.psf import by_kind, psf_at, shared_or_each
 
-__all__ = ["Photometry", "photometry"]
+__all__ = ["Photometry", "output_files", "photometry"]
 
 _POGSON = 2.5 / np.log(10)
 #: Galaxies of less S/N are not looked at for their class.
@@ -418,6 +419,7 @@ def photometry(
     fitter: Any = None,
     max_group: int = 8,
     checkpoint: str | os.PathLike | None = None,
+    workers: int = 1,
     progress: bool | Callable[[int, int], None] = False,
 ) -> Photometry:
     """Catalogue of an image: background, detection, deblending, fluxes, shapes and classes.
@@ -464,6 +466,8 @@ def photometry(
         See `galmorph.deblend`.
     checkpoint : path, optional
         File that keeps finished fits; a job that was stopped goes on from there.
+    workers : int, optional
+        How many processes fit.
     progress : bool or callable, optional
         Show a bar, or call ``progress(done, total)``.
 
@@ -509,9 +513,11 @@ def photometry(
         find_missed=find_missed,
         max_group=max_group,
         checkpoint=checkpoint,
+        workers=workers,
         progress=progress,
         **options,
     )
+    scene.flags[_saturated(scene, frame, found)] |= np.int32(FitFlag.SATURATED)
     if found.settings["noise"] == "measured":
         scene.flags |= np.int32(FitFlag.NOISE_ESTIMATED)
     probability, names = _classes(scene) if classes else (None, ())
@@ -616,6 +622,16 @@ def _nddata(found: Detection, frame: Any, factor: float, usable: np.ndarray) -> 
     )
 
 
+def _saturated(scene: SceneResult, frame: Any, found: Detection) -> np.ndarray:
+    """Which sources are saturated in the image as it was, (K,)."""
+    from galmorph._scenes import _BRIGHT, is_saturated
+
+    pixels, _, bad = frame.cut(...)
+    with np.errstate(invalid="ignore"):
+        bright = (found.data > _BRIGHT * found.rms) & ~bad
+    return np.array([is_saturated(pixels, bright, p[1:3]) for p in scene.params], dtype=bool)
+
+
 def _fitter(fitter: Any, gain: float | None, found: Detection, factor: float) -> Any:
     from galmorph.fitting import MAPFitter
     from galmorph.noise import PoissonNoise
@@ -639,9 +655,14 @@ def _classes(scene: SceneResult) -> tuple[np.ndarray | None, tuple[str, ...]]:
     classifier = GalaxyClassifier.from_pretrained()
     probability = np.full((len(scene), len(classifier.class_names)), np.nan)
     for rows, data, sigma, position in scene.stamps(np.flatnonzero(wanted)):
-        probability[rows] = classifier.predict_proba(
-            data, uncertainty=sigma, psf=scene.psf, positions=position
-        )
+        psfs = [psf_at(scene.psf, scene.xy[k]) for k in rows]
+        for part in by_kind(psfs):
+            probability[rows[part]] = classifier.predict_proba(
+                data[part],
+                uncertainty=sigma[part],
+                psf=shared_or_each(psfs[i] for i in part),
+                positions=position[part],
+            )
     return probability, tuple(classifier.class_names)
 
 

@@ -56,7 +56,7 @@ class SceneResult:
         True for sources that were not given, but found in the residual; they come last.
     data, inv_sigma : array, shape (ny, nx)
         The image, 0 where unusable, and one over its uncertainty, 0 where unusable.
-    psf : PSF or None
+    psf : PSF, PSFField or None
     wcs : celestial WCS or None
     data_unit : `~astropy.units.Unit` or None
     candidates : tuple of M str
@@ -538,7 +538,6 @@ class SceneResult:
             ids=self.ids[rows],
             data_unit=self.data_unit,
             wcs=self.wcs,
-            psf=self.psf,
         )
 
 
@@ -578,6 +577,7 @@ def deblend(
     max_rounds: int = 2,
     missed_model: GalaxyModel | None = None,
     checkpoint: str | os.PathLike | None = None,
+    workers: int = 1,
     progress: bool | Callable[[int, int], None] = False,
 ) -> SceneResult | list[SceneResult]:
     r"""Separate overlapping sources by fitting all of them together.
@@ -623,6 +623,9 @@ def deblend(
         Model of sources that are added; by default that of the others.
     checkpoint : path, optional
         File that keeps finished fits; the same call goes on from there after it was stopped.
+        It takes some 100 kB a source.
+    workers : int, optional
+        How many processes fit the groups of a large field.
     progress : bool or callable, optional
         Show a bar, or call ``progress(done, total)``, with numbers of sources.
 
@@ -713,7 +716,10 @@ def deblend(
         position_prior=position_prior,
     )
     fitter = _checked_fitter(fitter)
-    work = Work(fitter, background, None if checkpoint is None else Memory(checkpoint, fitter))
+    if int(workers) != workers or workers < 1:
+        raise ValueError(f"workers must be a positive integer, not {workers!r}")
+    memory = None if checkpoint is None else Memory(checkpoint, fitter)
+    work = Work(fitter, background, memory, int(workers))
     search = _search(find_missed, max_rounds, missed_model, model, scenes)
     started = time.perf_counter()
     with _reporter(progress, sum(len(scene.xy) for scene in scenes)) as report:

@@ -25,7 +25,7 @@ from galmorph.flags import FitFlag
 from galmorph.images import _reporter
 from galmorph.models.base import GalaxyModel
 from galmorph.models.bulge_disk import BulgeDiskGalaxy2D
-from galmorph.psf import PSF
+from galmorph.psf import PSF, PSFField, as_field, psf_at
 from galmorph.results import BACKGROUND_TERMS
 
 __all__ = ["ForcedPhotometry", "MultiBandResult", "deblend_bands", "forced_photometry"]
@@ -214,7 +214,7 @@ def forced_photometry(
     image : array, Quantity, NDData, HDU or path
         Another image of the same sky, (ny, nx): on the same pixels, or, if both
         have a celestial WCS, on any others.
-    psf : PSF, array, or model, optional
+    psf : PSF, array, model or PSFField, optional
         PSF of this image; by default that which the image brings.
     uncertainty, mask : optional
         As for `galmorph.deblend`.
@@ -323,6 +323,9 @@ def _read_image(image: Any, psf: Any, uncertainty: Any, mask: Any) -> SimpleName
     from galmorph._scenes import _is_stack
     from galmorph._stamps import make_source
 
+    varying = as_field(psf if psf is not None else getattr(image, "psf", None))
+    if varying is not None:
+        psf = np.ones((1, 1))  # one that the image brings is not asked for
     stamps = make_source(image, uncertainty=uncertainty, mask=mask, psf=psf)
     if len(stamps) != 1 or _is_stack(image):
         raise ValueError("forced photometry is of one image; call it once for each")
@@ -332,7 +335,7 @@ def _read_image(image: Any, psf: Any, uncertainty: Any, mask: Any) -> SimpleName
         data=batch.data[0],
         inv_sigma=batch.inv_sigma[0],
         shape=batch.data[0].shape,
-        psf=batch.psf[0] if isinstance(batch.psf, list) else batch.psf,
+        psf=varying or (batch.psf[0] if isinstance(batch.psf, list) else batch.psf),
         flags=int(batch.flags[0]) & ~int(FitFlag.SATURATED),
         wcs=wcs,
         unit=stamps.unit,
@@ -364,15 +367,14 @@ class _Columns:
         self.components = components
         flip = slice(None, None, -1 if carrier.flipped else 1)
         self.data, self.inv_sigma = scene.data[:, flip], scene.inv_sigma[:, flip]
-        self.psf = scene.psf
-        if carrier.flipped and self.psf is not None:
-            self.psf = PSF(
-                self.psf.data[:, ::-1],
-                oversampling=self.psf.oversampling,
-                includes_pixel=self.psf.includes_pixel,
-            )
+        each = [psf_at(scene.psf, xy) for xy in carrier.xy]
+        blind = np.array([p is None and scene.psf is not None for p in each], dtype=bool)
+        if carrier.flipped:
+            turned = {psf: _mirrored(psf) for psf in each}
+            each = [turned[psf] for psf in each]
+        self.psf = [each[k] for k in self.owner]
         own = result.params
-        usable = ~result.failed
+        usable = ~(result.failed | blind)
         self.params = [
             self.place(j, np.asarray(own[k] if usable[k] else np.full(len(own[k]), np.nan)))
             for j, k in enumerate(self.owner)
@@ -414,7 +416,8 @@ class _Columns:
         """Half the sides of the boxes."""
         wider = 0.0
         if self.scene.psf is not None and self.source.psf is not None:
-            first, second = (p.radius(0.99) for p in (self.source.psf, self.scene.psf))
+            first = _radii(self.source.psf, self.source.xy).min(initial=np.inf)
+            second = _radii(self.scene.psf, self.carrier.xy).max(initial=0.0)
             wider = max(second - first * self.carrier.scale, 0.0)
         return np.maximum(reach * self.carrier.scale + wider, _LOWEST_HALF)
 
@@ -480,7 +483,13 @@ class _Columns:
 
         scene = self.scene
         flags = _first_flags(
-            SimpleNamespace(xy=xy, shape=scene.shape, inv_sigma=scene.inv_sigma, flags=scene.flags)
+            SimpleNamespace(
+                xy=xy,
+                shape=scene.shape,
+                inv_sigma=scene.inv_sigma,
+                flags=scene.flags,
+                psf=scene.psf,
+            )
         )
         flags |= self.source.flags & int(FitFlag.FAILED)
         flags[self.source.failed & (self.source.flags & int(FitFlag.FAILED) == 0)] |= int(
@@ -494,6 +503,18 @@ class _Columns:
         flags[~np.isfinite(flux)] |= int(FitFlag.NO_DATA)
         flags[singular] |= int(FitFlag.BAD_COVARIANCE)
         return flags.astype(np.int32)
+
+
+def _mirrored(psf: PSF | None) -> PSF | None:
+    """With the columns in reverse order."""
+    if psf is None:
+        return None
+    return PSF(psf.data[:, ::-1], oversampling=psf.oversampling, includes_pixel=psf.includes_pixel)
+
+
+def _radii(psf: PSF | PSFField, xy: np.ndarray) -> np.ndarray:
+    """Radii with nearly all light, of the PSFs at positions."""
+    return np.array([p.radius(0.99) for p in {psf_at(psf, at) for at in xy} if p is not None])
 
 
 # -- joint fits ------------------------------------------------------------------------------
@@ -1056,6 +1077,11 @@ def _read_bands(each, first: int, sources, model, options, position_prior) -> li
     if len({scene.psf is None for scene in ordered}) > 1:
         raise ValueError("some bands have a PSF and others have none")
     for scene in ordered:
+        if isinstance(scene.psf, PSFField):
+            raise TypeError(
+                "bands are fitted together with one PSF each; forced_photometry and deblend take "
+                "one that changes with position"
+            )
         check_points(scene, scene.models)
     return ordered
 

@@ -1,14 +1,22 @@
-"""The point-spread function: what it is sampled at, and whether it holds the pixel."""
+"""The point-spread function: what it is sampled at, whether it holds the pixel, where it holds."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-__all__ = ["PSF"]
+__all__ = ["PSF", "PSFField"]
+
+#: Side of the cells of a PSF that is a function, in pixels.
+_CELL = 64.0
+#: Cells in the spacing of a grid of PSFs.
+_CELLS_PER_STEP = 4
+#: PSFs are alike if their widths differ by less than this, in the natural logarithm.
+_ALIKE = 0.05
 
 
 class PSF:
@@ -176,6 +184,194 @@ class PSF:
         if hasattr(psf, "header") and hasattr(psf, "data"):
             return _from_hdu(psf)
         return cls(getattr(psf, "data", psf) if hasattr(psf, "uncertainty") else psf)
+
+
+class PSFField:
+    """A PSF that changes over an image, taken as constant within small square cells.
+
+    All sources of a cell share one `PSF`, that at its centre, and are fitted together.
+    `galmorph.deblend`, `galmorph.photometry` and, with positions in an image,
+    `galmorph.fit_images` take it as ``psf``; they make one of a grid or a function.
+
+    Parameters
+    ----------
+    psf : `~photutils.psf.GriddedPSFModel` or callable
+        A grid is evaluated as photutils does, at its own sampling, and its values include the
+        pixel.  A function ``psf(x, y)`` of a position in pixels gives what `PSF.from_any`
+        takes, as an array or a `PSF`, centred; or None where there is none.
+    cell : float, optional
+        Side of the cells in pixels.  By default a quarter of the least spacing of a grid, and 64
+        for a function.
+
+    Raises
+    ------
+    TypeError
+        If ``psf`` is neither a grid nor a function.
+    ValueError
+        If ``cell`` is not a positive number.
+
+    Examples
+    --------
+    >>> from galmorph import PSFField
+    >>> from galmorph.detection import gaussian_psf
+    >>> field = PSFField(lambda x, y: gaussian_psf(2.5 + x / 1000), cell=100)
+    >>> field.at(120, 30) is field.at(180, 60), field.at(120, 30) == field.at(1200, 30)
+    (True, False)
+    """
+
+    def __init__(self, psf: Any, *, cell: float | None = None) -> None:
+        if not _changes(psf):
+            raise TypeError(
+                "a PSF that changes with position is a photutils GriddedPSFModel or a function "
+                f"psf(x, y), not {type(psf).__name__}; see PSF for one that does not"
+            )
+        if cell is None:
+            cell = _grid_step(psf) / _CELLS_PER_STEP if _is_grid(psf) else _CELL
+        if not (np.isscalar(cell) and np.isreal(cell) and cell > 0) or np.isnan(cell):
+            raise ValueError(f"cell must be a positive number of pixels, not {cell!r}")
+        self._psf = psf
+        self._cell = float(cell)
+        self._cells: dict[tuple[float, float], PSF | str] = {}
+        self._different: dict[PSF, PSF] = {}
+
+    @property
+    def cell(self) -> float:
+        """Side of the cells in pixels."""
+        return self._cell
+
+    def __repr__(self) -> str:
+        name = type(self._psf).__name__
+        if not _is_grid(self._psf):
+            name = getattr(self._psf, "__name__", name)
+        return f"PSFField({name}, cell={self._cell:g})"
+
+    def at(self, x: float, y: float) -> PSF:
+        """The PSF at a position.
+
+        Parameters
+        ----------
+        x, y : float
+            In pixels; (0, 0) is the centre of the first one.
+
+        Returns
+        -------
+        PSF
+            The same object within a cell, and for cells where it does not differ.
+
+        Raises
+        ------
+        ValueError
+            If there is none that can be used.
+
+        Examples
+        --------
+        >>> from galmorph import PSFField
+        >>> from galmorph.detection import gaussian_psf
+        >>> PSFField(lambda x, y: gaussian_psf(2.5)).at(10, 20)
+        PSF(shape=(57, 57), oversampling=4, includes_pixel=True)
+        """
+        if not (np.isfinite(x) and np.isfinite(y)):
+            raise ValueError(f"there is no PSF at ({x}, {y})")
+        key = self._cell_of(x), self._cell_of(y)
+        if key not in self._cells:
+            self._cells[key] = self._evaluated(*key)
+        found = self._cells[key]
+        if isinstance(found, str):
+            raise ValueError(f"there is no PSF at ({x:.1f}, {y:.1f}): {found}")
+        return found
+
+    def _cell_of(self, value: float) -> float:
+        """Centre of the cell; pixels begin at -0.5."""
+        if np.isinf(self._cell):
+            return 0.0
+        return float((np.floor((value + 0.5) / self._cell) + 0.5) * self._cell - 0.5)
+
+    def _evaluated(self, x: float, y: float) -> PSF | str:
+        """The PSF of a cell, or what is wrong with it."""
+        if _is_grid(self._psf):
+            return self._shared(_from_grid(self._psf, x, y))
+        try:
+            value = self._psf(x, y)
+        except (ValueError, ArithmeticError, LookupError) as error:  # others are mistakes in it
+            return f"{type(error).__name__}: {error}"
+        if value is None:
+            return "the function gives None"
+        try:
+            return self._shared(PSF.from_any(value))
+        except (ValueError, TypeError, OSError) as error:
+            return str(error)
+
+    def _shared(self, psf: PSF) -> PSF:
+        return self._different.setdefault(psf, psf)
+
+
+def as_field(psf: Any) -> PSFField | None:
+    """A PSF that changes with position; None of what does not."""
+    if isinstance(psf, PSFField):
+        return psf
+    return PSFField(psf) if _changes(psf) else None
+
+
+def _changes(psf: Any) -> bool:
+    """Whether it is a grid or a function."""
+    from astropy.modeling.core import Model
+
+    return _is_grid(psf) or (callable(psf) and not isinstance(psf, Model | type))
+
+
+def psf_at(psf: PSF | PSFField | None, xy: Sequence[float]) -> PSF | None:
+    """The PSF at a position (x, y); None if there is none, or none that can be used."""
+    if not isinstance(psf, PSFField):
+        return psf
+    try:
+        return psf.at(*xy)
+    except ValueError:
+        return None
+
+
+def psf_kind(psf: PSF | None) -> tuple | None:
+    """Equal for PSFs that may be drawn as one batch and whose sources look about the same."""
+    if psf is None:
+        return None
+    ny, nx = psf.shape
+    width = round(float(np.log(psf.sigma)) / _ALIKE)
+    return psf.oversampling, psf.includes_pixel, ny % 2, nx % 2, width
+
+
+def by_kind(psfs: Iterable[PSF | None]) -> list[np.ndarray]:
+    """Indices of PSFs that are alike, see `psf_kind`."""
+    kinds: dict[tuple | None, list[int]] = {}
+    for i, psf in enumerate(psfs):
+        kinds.setdefault(psf_kind(psf), []).append(i)
+    return [np.array(rows) for rows in kinds.values()]
+
+
+def shared_or_each(psfs: Iterable[PSF | None]) -> PSF | list[PSF | None] | None:
+    """One PSF if all are the same object, else the list."""
+    psfs = list(psfs)
+    return psfs[0] if psfs and all(p is psfs[0] for p in psfs) else psfs
+
+
+def _is_grid(psf: Any) -> bool:
+    """Whether it is a GriddedPSFModel."""
+    return hasattr(psf, "grid_xypos") and hasattr(psf, "evaluate")
+
+
+def _grid_step(grid: Any) -> float:
+    """Least distance of its points along an axis; infinite for one PSF."""
+    steps = [np.diff(np.unique(values)) for values in np.asarray(grid.grid_xypos, dtype=float).T]
+    return min((float(step.min()) for step in steps if step.size), default=np.inf)
+
+
+def _from_grid(grid: Any, x: float, y: float) -> PSF:
+    """A GriddedPSFModel at a position, at the samples that it is made of."""
+    each = [int(n) for n in np.broadcast_to(grid.oversampling, 2)]  # (y, x)
+    finest = max(each)
+    counts = [(n - 1) * finest // own + 1 for n, own in zip(grid.data.shape[1:], each, strict=True)]
+    rows, columns = ((np.arange(n) - (n - 1) / 2) / finest for n in counts)
+    dx, dy = np.meshgrid(columns, rows)
+    values = grid.evaluate(dx + x, dy + y, 1.0, x, y)
+    return PSF(values, oversampling=finest)
 
 
 def _from_hdu(hdu: Any) -> PSF:
