@@ -31,6 +31,8 @@ what comes out:
   catalog_images.fits  model, residual, segmentation, background and noise, with the WCS
   catalog.html         field, thumbnails and table, to page through in a browser
 
+An image without any source gives a catalogue without rows, and exit code 0.
+
 PSF and noise of an extension SCI_<band> are looked for in PSF_<band>, ERR_<band>, VAR_<band>,
 IVAR_<band> or WHT_<band>, or the noise in its header (NOISERMS).
 
@@ -213,7 +215,8 @@ def run(args: argparse.Namespace) -> int:
     checkpoint.unlink(missing_ok=True)
     if not args.quiet:
         print(_summary(found, files))
-    return cli.NOTHING_FITTED if np.all(found.scene.failed) else cli.OK
+    lost = len(found) > 0 and np.all(found.scene.failed)
+    return cli.NOTHING_FITTED if lost else cli.OK
 
 
 def _check_output(args: argparse.Namespace) -> list[Path]:

@@ -45,6 +45,8 @@ _RING = 1.6
 _MISFIT = 0.15
 #: Sources closer than this, in FWHM of the PSF, are one.
 _CLOSEST = 0.5
+#: Reduced chi2 above which residuals are those of the model: saturated stars, large spirals.
+_HOPELESS = 50.0
 #: Rounds over the groups while sources are on trial.
 _TRIAL_ROUNDS = 2
 #: Half width, in FWHM of the PSF, of the area that a new source is fitted in.
@@ -284,6 +286,10 @@ def _try(scene, kernels: Filters, search: Search, background: str, max_group: in
     if not len(xy):
         return None
     parent = _parents(scene, xy)
+    sane = np.array([k < 0 or not _is_hopeless(scene, k) for k in parent])
+    xy, parent = xy[sane], parent[sane]
+    if not len(xy):
+        return None
     first = np.unique(parent[parent >= 0], return_index=True)[1]
     rows = np.sort(np.concatenate([np.flatnonzero(parent >= 0)[first], np.flatnonzero(parent < 0)]))
     trial = _Trial(scene, _copied(scene), residual, [])
@@ -292,6 +298,12 @@ def _try(scene, kernels: Filters, search: Search, background: str, max_group: in
     trial.groups = [g for g in scene.groups if (g.members >= len(trial.before.xy)).any()]
     _number(scene)
     return trial
+
+
+def _is_hopeless(scene: Scene, k: int) -> bool:
+    """Whether the model of a source misses so much that nothing can be said of what is left."""
+    source = scene.sources[k]
+    return source.dof > 0 and source.chi2 > _HOPELESS * source.dof
 
 
 def _copied(scene: Scene) -> Scene:

@@ -18,7 +18,13 @@ from astropy import units as u
 from astropy.table import MaskedColumn, QTable
 
 from galmorph.deblending import SceneResult, deblend
-from galmorph.detection import Detection, detect, estimate_psf, noise_correlation
+from galmorph.detection import (
+    Detection,
+    detect,
+    estimate_psf,
+    gaussian_psf,
+    noise_correlation,
+)
 from galmorph.flags import FitFlag
 from galmorph.models.base import GalaxyModel
 from galmorph.models.bulge_disk import BulgeDiskGalaxy2D
@@ -33,6 +39,8 @@ _POGSON = 2.5 / np.log(10)
 _CLASS_SNR = 20.0
 #: A larger factor is not noise that is correlated but light that was not detected.
 _LARGEST_FACTOR = 2.0
+#: FWHM in pixels of a PSF of which nothing is known.
+_SHARPEST = 2.0
 _RADII = ("r_eff", "r_50", "r_disk")
 
 
@@ -141,7 +149,7 @@ class Photometry:
 
     def _add_magnitudes(self, table: QTable) -> None:
         zero = _zero_point(self.zero_point, self.scene.data_unit)
-        if zero is None or not len(table):
+        if zero is None:
             return
         flux, error = (np.asarray(getattr(table[n], "value", table[n])) for n in _FLUXES)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -153,20 +161,19 @@ class Photometry:
         radius = np.array([_half_light(m, p) for m, p in _models(self.scene)], dtype=float)
         table["r_half"] = radius * u.pix
         on_sky = np.full(len(table), np.nan)
-        for name in _RADII:
-            column = f"{name}_arcsec"
-            if column in table.colnames:
-                values = _filled(table[column])
-                on_sky = np.where(np.isfinite(on_sky), on_sky, values)
+        columns = [f"{name}_arcsec" for name in _RADII if f"{name}_arcsec" in table.colnames]
+        for column in columns:
+            values = _filled(table[column])
+            on_sky = np.where(np.isfinite(on_sky), on_sky, values)
         if self.pixel_scale is not None and not np.isfinite(on_sky).any():
             on_sky = radius * self.pixel_scale
-        if np.isfinite(on_sky).any():
+        if columns or self.pixel_scale is not None:
             table["r_half_arcsec"] = np.where(radius == 0, 0.0, on_sky) * u.arcsec
 
     def _class_column(self) -> MaskedColumn:
         known = np.isfinite(self.classes).all(1)
         best = np.nan_to_num(self.classes).argmax(1)
-        return MaskedColumn([self.class_names[i] for i in best], mask=~known)
+        return MaskedColumn([self.class_names[i] for i in best], mask=~known, dtype=str)
 
     # -- files ---------------------------------------------------------------------------
 
@@ -455,7 +462,7 @@ def photometry(
     psf_error : float, optional
         See `galmorph.deblend`.
     find_missed : float or None, optional
-        Significance above which sources are looked for in the residual.
+        Significance above which sources are looked for, once, in the residual.
     classes : bool, optional
         Whether galaxies above a S/N of 20 are given morphological classes.
     bands : mapping of str to image, optional
@@ -511,6 +518,7 @@ def photometry(
         fitter=_fitter(fitter, gain, found, factor),
         psf=psf,
         find_missed=find_missed,
+        max_rounds=1,
         max_group=max_group,
         checkpoint=checkpoint,
         workers=workers,
@@ -595,6 +603,11 @@ def _psf(psf: Any, frame: Any, image: Any, found: Detection) -> tuple[Any, str]:
         return psf, "given"
     if frame.psf is not None:
         return frame.psf, "from the image"
+    if not len(found):
+        fwhm = found.settings["kernel_fwhm"] or _SHARPEST
+        return gaussian_psf(fwhm), (
+            f"Gaussian of FWHM {fwhm:.2f} pixels, for there is no source to measure it from"
+        )
     estimate = estimate_psf(image, found)
     return estimate.psf, estimate.statement
 
@@ -602,7 +615,8 @@ def _psf(psf: Any, frame: Any, image: Any, found: Detection) -> tuple[Any, str]:
 def _noise_factor(found: Detection) -> float:
     """By how much the noise of areas is larger than that of independent pixels."""
     try:
-        factor, error = noise_correlation(found.data, mask=~found.sky)
+        with np.errstate(invalid="ignore", divide="ignore"):  # pixels that are all the same
+            factor, error = noise_correlation(found.data, mask=~found.sky)
     except ValueError:  # too little sky
         return 1.0
     return float(np.clip(factor, 1.0, _LARGEST_FACTOR)) if factor > 1 + 3 * error else 1.0

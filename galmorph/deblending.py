@@ -117,6 +117,7 @@ class SceneResult:
     _sources: list[Any] = field(default_factory=list)
     _groups: list[Any] = field(default_factory=list)
     _background: str = "none"
+    _possible: list[GalaxyModel] = field(default_factory=list)  # what sources might have been
 
     def __len__(self) -> int:
         return len(self.models)
@@ -216,7 +217,8 @@ class SceneResult:
         with np.errstate(divide="ignore"):
             score = self.log_evidence + np.log(self.model_prior)
         top = np.where(np.isfinite(score), score, -np.inf).max(1, keepdims=True)
-        share = np.exp(np.where(np.isfinite(top), score - top, np.nan))
+        score = np.where(np.isfinite(score), score, -np.inf)
+        share = np.exp(np.where(np.isfinite(top), score - np.nan_to_num(top), np.nan))
         share = np.where(np.isfinite(top), np.nan_to_num(share), np.nan)
         return share / share.sum(1, keepdims=True)
 
@@ -485,10 +487,13 @@ class SceneResult:
         for k, model in enumerate(self.models):
             kinds.setdefault(id(model), []).append(k)
         parts = []
-        for rows in kinds.values():
-            part = self._fits(np.array(rows)).to_table()
-            part["model"] = [type(self.models[k]).__name__ for k in rows]
-            part["_order"] = rows
+        if not kinds:  # the columns that there would be
+            kinds = {k: [] for k in range(len(self._possible))}
+        for key, rows in kinds.items():
+            model = self.models[rows[0]] if rows else self._possible[key]
+            part = self._fits(model, np.array(rows, dtype=int)).to_table()
+            part["model"] = np.full(len(rows), type(model).__name__)
+            part["_order"] = np.array(rows, dtype=int)
             parts.append(part)
         if not parts:
             table = QTable(
@@ -507,9 +512,8 @@ class SceneResult:
         table.meta.update({k: v for k, v in self.meta.items() if k != "errors" or v})
         return table
 
-    def _fits(self, rows: np.ndarray) -> FitResult:
+    def _fits(self, model: GalaxyModel, rows: np.ndarray) -> FitResult:
         """Sources of one model as fits of single galaxies."""
-        model = self.models[rows[0]]
         size = len(model.param_names)
         params = np.full((len(rows), size), np.nan)
         cov = np.full((len(rows), size, size), np.nan)
@@ -729,6 +733,9 @@ def deblend(
         chosen = None if candidates is None else choose_models(scenes, candidates, work)
     seconds = time.perf_counter() - started
     results = [_result(scene, fitter, background, seconds, len(scenes), search) for scene in scenes]
+    possible = [model] if isinstance(model, GalaxyModel) else []
+    for result in results:
+        result._possible = possible if candidates is None else list(candidates.models.values())
     if chosen is not None:
         for result, evidence in zip(results, chosen, strict=True):
             result.candidates, result.log_evidence = candidates.names, evidence

@@ -201,7 +201,8 @@ class PSFField:
         takes, as an array or a `PSF`, centred; or None where there is none.
     cell : float, optional
         Side of the cells in pixels.  By default a quarter of the least spacing of a grid, and 64
-        for a function.
+        for a function; a PSF that is wider by one per cent from one side of a cell to the other
+        gives errors up to half a per cent in the fluxes of stars.
 
     Raises
     ------
@@ -316,7 +317,7 @@ def _changes(psf: Any) -> bool:
     """Whether it is a grid or a function."""
     from astropy.modeling.core import Model
 
-    return _is_grid(psf) or (callable(psf) and not isinstance(psf, Model | type))
+    return _is_grid(psf) or (callable(psf) and not isinstance(psf, (Model, type)))
 
 
 def psf_at(psf: PSF | PSFField | None, xy: Sequence[float]) -> PSF | None:
