@@ -212,12 +212,15 @@ class _Profiles(_Sources):
     def bounds(self, params: torch.Tensor, position: torch.Tensor, shift: torch.Tensor):
         middle = SimpleNamespace(x_0=position[:, 0], y_0=position[:, 1])
         lower, upper = _coordinate_bounds(self.setup, params, middle, self.shape, shift)
-        # a half-light radius beyond the box is that of what is wrong there, not of the source
+        # a half-light radius beyond the box is that of what is wrong there, not of the source; and
+        # a size says nothing of a flux below zero, which would only make up for another's
         largest = np.log(max(self.shape))
         for c in self.radii:
             upper[:, c] = torch.maximum(upper[:, c].clamp_max(largest), lower[:, c])
+        dark = torch.inf if not self.radii else 0.0
         free = params.new_full((len(params), int(self.linear)), torch.inf)
-        return torch.cat([lower, -free], 1), torch.cat([upper, free], 1)
+        least = torch.full_like(free, -dark)
+        return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
 
     def widen(self, params, psfs, shift) -> torch.Tensor:
         """Draw thin sources that reach the edge in a wider box; which these are, (n,)."""
@@ -299,13 +302,15 @@ class _Learned(_Sources):
         every = torch.arange(len(u), device=u.device)
         core = u[:, :-1] if self.linear else u
         lower, upper = _bounds(self.problem, core, self.shape, None, every)
-        if upper[0, 2] > lower[0, 2]:  # the radius, as of profiles
+        sized = bool(upper[0, 2] > lower[0, 2])
+        if sized:  # the radius, as of profiles
             upper[:, 2] = torch.maximum(upper[:, 2].clamp_max(np.log(max(self.shape))), lower[:, 2])
         held = upper[:, :2] <= lower[:, :2]
         lower[:, :2] = torch.where(held, lower[:, :2], position - shift[:, None])
         upper[:, :2] = torch.where(held, upper[:, :2], position + shift[:, None])
         free = u.new_full((len(u), int(self.linear)), torch.inf)
-        return torch.cat([lower, -free], 1), torch.cat([upper, free], 1)
+        least = torch.full_like(free, -0.0 if sized else -torch.inf)
+        return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
 
     def fresh(self, u: torch.Tensor) -> None:
         """Renderers for where the sources are now."""

@@ -81,7 +81,7 @@ class Photometry:
     >>> found = photometry(image, psf=psf, uncertainty=0.3, model="sersic", zero_point=25)
     >>> found
     <Photometry: 2 sources, 0 stars, 0 flagged>
-    >>> print(found.to_table()["mag"].round(1).tolist())
+    >>> print(found.to_table()["mag"].value.round(1).tolist())
     [18.2, 18.8]
     """
 
@@ -442,7 +442,7 @@ def photometry(
         What galaxies are.  With "auto" each has what has the greater evidence, a Sérsic profile or,
         at S/N above 20, a learned galaxy.  All but a mapping of one's own come with stars.
     uncertainty, mask, psf
-        As for `galmorph.fit_images`.  Noise that is not given is that of the background.  A PSF
+        As for `galmorph.deblend`.  Noise that is not given is that of the background.  A PSF
         that is neither given nor in the file is measured (`galmorph.detection.estimate_psf`).
     gain : float, optional
         Electrons per unit of the data: adds the photon noise of the sources, where the

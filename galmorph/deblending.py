@@ -602,9 +602,10 @@ def deblend(
         Its priors, noise, precision and device are used.  `~galmorph.noise.LearnedNoise` adds
         what a learned model knows of its own misfit.
     uncertainty, mask, psf
-        As for `galmorph.fit_images`.  Noise that is not given is estimated, and the sources are
-        flagged.  Without a PSF the models are integrated over the pixels; see
-        `galmorph.detection.estimate_psf`.
+        As for `galmorph.fit_images`.  A PSF that changes over the image is a `PSFField`, a
+        photutils ``GriddedPSFModel`` or a function ``psf(x, y)``; sources where there is none are
+        flagged.  Noise that is not given is estimated, and the sources are flagged.  Without a PSF
+        the models are integrated over the pixels; see `galmorph.detection.estimate_psf`.
     background : {"none", "constant", "tilted"}, optional
         What is fitted under all sources (of a group).
     position_prior : float or array (K,), optional
