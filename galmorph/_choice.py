@@ -94,12 +94,15 @@ def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[n
     value = np.full((len(scene.xy), len(models)), np.nan)
     params = [np.full((len(scene.xy), len(m.param_names)), np.nan) for m in models]
     snr = _snr(scene)
+    # learned galaxies last: whether they are looked at depends on the others
+    order = sorted(enumerate(models), key=lambda pair: isinstance(pair[1], LearnedGalaxy2D))
     for some, data, sigma, origin in stamps_alone(scene, psf_error=candidates.psf_error):
         position = np.stack([scene.sources[k].params[1:3] for k in some]) - origin
-        for part, (m, model) in product(scene.alike(some, len(some)), enumerate(models)):
+        for part, (m, model) in product(scene.alike(some, len(some)), order):
             look = part
             if isinstance(model, LearnedGalaxy2D) and model is not candidates.first:
-                look = part[snr[some[part]] > _LEARNED_SNR]
+                here = some[part]
+                look = part[(snr[here] > _LEARNED_SNR) & ~_is_star(value[here], candidates)]
                 if not len(look):
                     continue
             rows = some[look]
@@ -122,6 +125,16 @@ def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[n
             value[rows, m] = np.where(np.isfinite(at).all(1), value[rows, m], np.nan)
         report(len(some))
     return value, params
+
+
+def _is_star(log_evidence: np.ndarray, candidates: Candidates) -> np.ndarray:
+    """Whether a point source is the most probable so far, (n,).
+
+    A learned galaxy is so free that it takes up errors of the PSF, which make no galaxy of a star.
+    """
+    point = np.array([isinstance(m, PointSource2D) for m in candidates.models.values()])
+    score = np.where(np.isfinite(log_evidence), log_evidence, -np.inf) + np.log(candidates.prior)
+    return np.isfinite(score).any(1) & point[score.argmax(1)]
 
 
 def _snr(scene: Scene) -> np.ndarray:

@@ -526,6 +526,7 @@ def photometry(
         **options,
     )
     scene.flags[_saturated(scene, frame, found)] |= np.int32(FitFlag.SATURATED)
+    scene.meta["images"] = frame.name
     if found.settings["noise"] == "measured":
         scene.flags |= np.int32(FitFlag.NOISE_ESTIMATED)
     probability, names = _classes(scene) if classes else (None, ())

@@ -654,7 +654,9 @@ def deblend(
     Models are chosen by Laplace's approximation to the evidence of each source alone, its
     neighbours' models being taken away.  Half-light radii have a prior about that of the
     PSF, and a star is compared as a profile too small to be told from a point by a PSF
-    that is not quite right: a tenth of the FWHM, give or take half of that.
+    that is not quite right: a tenth of the FWHM, give or take half of that.  Beside other
+    galaxies, learned ones are looked at above a S/N of 20, and not where a star beats the others:
+    they are so free that they take up errors of the PSF.
 
     Missed sources are looked for where the residual, filtered with the PSF and with disks, or the
     curvature of the data stand out.  Their groups are fitted again.  A source stays if its
