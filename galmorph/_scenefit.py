@@ -861,6 +861,9 @@ def fit_scenes(
 def _summarise(fit, problem, result, bounds, n_iter, misfit) -> SceneFits:
     """Parameters, covariance and images in the units of the data."""
     free = (bounds[1] > bounds[0]) & torch.isfinite(result.u)
+    dark = problem.amplitudes(result.u) == 0  # nothing is known of the shape of no light
+    for k, where in enumerate(problem.where):
+        free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
     return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit)
 

@@ -218,3 +218,17 @@ def test_a_job_that_was_stopped_goes_on(crowd, psf, tmp_path):
     other = {**options, "model": SersicGalaxy2D(n=1, fixed={"n": True})}
     held = deblend(image, positions, checkpoint=file, **other)  # other fits: none is taken over
     assert (held.params[:, 4] == 1).all()
+
+
+def test_a_position_without_light_spoils_no_other(psf):
+    rng = np.random.default_rng(6)
+    light = SersicGalaxy2D(800, 18, 20, r_eff=3).render((41, 41), psf=psf)
+    images = light + rng.normal(0, SIGMA, (10, 41, 41))
+    empty = np.array([(18, 20), (30, 24)])
+    results = deblend(images, [empty] * 10, model=SersicGalaxy2D(), psf=psf, uncertainty=SIGMA)
+    assert all(r.flux[1] >= 0 for r in results)
+    dark = [r for r in results if r.flux[1] == 0]
+    assert dark
+    for result in dark:
+        assert np.isfinite(result.flux_err).all()
+        assert abs(result.flux[0] - 800) < 5 * result.flux_err[0]
