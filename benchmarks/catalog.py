@@ -188,7 +188,7 @@ def injected(say: Report, path: Path, model: str, runs: int, side: int, rng) -> 
     say("    r            put in  found   median dF/F   scatter   pulls: median  width   68 % hold")
     for low, high in ((19, 20.5), (20.5, 21.5), (21.5, 22.5), (22.5, 23.5), (23.5, 24.5)):
         bin_ = (mag >= low) & (mag < high) & (crowded == 0)
-        own = bin_ & (hit == 1)
+        own = bin_ & (hit == 1) & np.isfinite(pull)
         if own.sum() < 3:
             continue
         say(f"    {low} to {high}  {bin_.sum():6d}  {percent(hit[bin_].mean()):>6s}"
