@@ -7,11 +7,13 @@ import json
 import os
 import struct
 import zlib
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "network_digest"]
 
 _MAGIC = b"galmorph checkpoint 1\n"
 _HEAD = struct.Struct("<QI")  # length and CRC-32 of the record that follows
@@ -78,6 +80,23 @@ class Checkpoint:
             file.write(_pack(buffer.getvalue()))
             file.flush()
             os.fsync(file.fileno())
+
+
+def network_digest(model: Any) -> int | None:
+    """A number for the network of a learned model; None for others."""
+    from galmorph.models.learned import LearnedGalaxy2D
+
+    return _digest_of(model.shape) if isinstance(model, LearnedGalaxy2D) else None
+
+
+@lru_cache(maxsize=16)
+def _digest_of(shape: Any) -> int:
+    code = 0
+    for name, values in sorted(shape.vae.state_dict().items()):
+        code = zlib.crc32(
+            np.ascontiguousarray(values.cpu().numpy()), zlib.crc32(name.encode(), code)
+        )
+    return code
 
 
 def _pack(payload: bytes) -> bytes:

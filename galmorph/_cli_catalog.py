@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             uncertainty=cli._uncertainty(args),
             mask=None if args.mask is None else cli._mask(args.mask),
-            psf=_psf(args, image),
+            psf="auto" if args.psf == "auto" else cli._psf(args, {"images": image}, None),
             gain=args.gain,
             zero_point=args.zero_point,
             pixel_scale=args.pixel_scale,
@@ -246,17 +246,6 @@ def _check_output(args: argparse.Namespace) -> list[Path]:
     if len(set(names)) != len(names):
         raise cli.UsageError("two --band have the same name")
     return files
-
-
-def _psf(args: argparse.Namespace, image: Any) -> Any:
-    """A PSF, or None: that of the image, or else measured."""
-    from galmorph import cli
-
-    if args.psf != "auto":
-        return cli._psf(args, {"images": image}, None)
-    from galmorph.detection import estimate_psf
-
-    return estimate_psf(image).psf
 
 
 def _summary(found: Any, files: list[Path]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from galmorph._checkpoint import Checkpoint
+from galmorph._checkpoint import Checkpoint, network_digest
 from galmorph._scenes import _Known
 from galmorph.images import _psf_digest, describe
 
@@ -90,8 +90,7 @@ def _digest(asked: Any) -> str:
         values = [float(np.ravel(getattr(model, n).value)[0]) for n in model.param_names]
         limits = [repr((model.bounds[n], model.fixed[n])) for n in model.param_names]
         code.update(repr((type(model).__name__, values, limits, setup.priors)).encode())
-        weights = getattr(model, "weights", None)
-        code.update(repr((setup.background, setup.max_iter, weights)).encode())
+        code.update(repr((setup.background, setup.max_iter, network_digest(model))).encode())
     psfs = batch.psf if isinstance(batch.psf, list) else [batch.psf]
     code.update(repr([_psf_digest(p) for p in psfs]).encode())
     arrays = [batch.data, batch.inv_sigma, batch.position, batch.spread]

@@ -443,7 +443,8 @@ def photometry(
         at S/N above 20, a learned galaxy.  All but a mapping of one's own come with stars.
     uncertainty, mask, psf
         As for `galmorph.deblend`.  Noise that is not given is that of the background.  A PSF
-        that is neither given nor in the file is measured (`galmorph.detection.estimate_psf`).
+        that is neither given nor in the file, or is "auto", is measured
+        (`galmorph.detection.estimate_psf`).
     gain : float, optional
         Electrons per unit of the data: adds the photon noise of the sources, where the
         uncertainty is that of the background only.
@@ -600,9 +601,10 @@ def _frame_of(image: Any) -> Any:
 
 def _psf(psf: Any, frame: Any, image: Any, found: Detection) -> tuple[Any, str]:
     """The PSF and where it comes from."""
-    if psf is not None:
+    measured = isinstance(psf, str) and psf == "auto"
+    if psf is not None and not measured:
         return psf, "given"
-    if frame.psf is not None:
+    if frame.psf is not None and not measured:
         return frame.psf, "from the image"
     if not len(found):
         fwhm = found.settings["kernel_fwhm"] or _SHARPEST

@@ -15,7 +15,7 @@ import numpy as np
 from astropy.modeling.core import Model
 from astropy.utils.exceptions import AstropyUserWarning
 
-from galmorph._checkpoint import Checkpoint
+from galmorph._checkpoint import Checkpoint, network_digest
 from galmorph._stamps import StampBatch, StampSource, make_source
 from galmorph.flags import FitFlag
 from galmorph.noise import GaussianNoise
@@ -419,6 +419,7 @@ class _Job:
                 for n in model.param_names
             },
             "model psf": _psf_digest(getattr(model, "psf", None)),
+            "network": network_digest(model),
             "fitter": describe(self.fitter),
             "background": self.background,
             "held out": self.held_out,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
+import torch
 
 from galmorph import (
     PSF,
@@ -13,6 +16,7 @@ from galmorph import (
     SersicGalaxy2D,
     deblend,
 )
+from galmorph.nets.learned import LearnedShape
 
 SIGMA = 0.3
 FWHM = 3.0
@@ -232,3 +236,20 @@ def test_a_position_without_light_spoils_no_other(psf):
     for result in dark:
         assert np.isfinite(result.flux_err).all()
         assert abs(result.flux[0] - 800) < 5 * result.flux_err[0]
+
+
+def test_a_checkpoint_is_of_one_network(psf, tmp_path):
+    image = SersicGalaxy2D(2000, 20, 20, r_eff=3).render((41, 41), psf=psf)
+    image += np.random.default_rng(9).normal(0, SIGMA, image.shape)
+    file, own = tmp_path / "fits.checkpoint", LearnedGalaxy2D.from_pretrained()
+    options = {"psf": psf, "uncertainty": SIGMA, "checkpoint": file}
+    first = deblend(image, [(20, 20)], model=own, **options)
+    size = file.stat().st_size
+    again = deblend(image, [(20, 20)], model=LearnedGalaxy2D.from_pretrained(), **options)
+    assert file.stat().st_size == size  # nothing was fitted
+    assert np.array_equal(again.params, first.params)
+    other = pickle.loads(pickle.dumps(own.shape.vae))
+    with torch.no_grad():
+        next(iter(other.decoder.parameters())).mul_(1.05)
+    deblend(image, [(20, 20)], model=LearnedGalaxy2D(shape=LearnedShape(other)), **options)
+    assert file.stat().st_size > size
