@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from itertools import product
@@ -53,7 +52,6 @@ def choose_models(
     scenes: list[Scene],
     candidates: Candidates,
     work: Work,
-    report: Callable[[int], None] = lambda done: None,
 ) -> list[np.ndarray]:
     """Give every source the most probable model, and fit the scenes again.
 
@@ -62,7 +60,7 @@ def choose_models(
     """
     found = []
     for scene in scenes:
-        log_evidence, params = _log_evidence(scene, candidates, work.fitter, report)
+        log_evidence, params = _log_evidence(scene, candidates, work.fitter)
         found.append(log_evidence)
         score = np.where(np.isfinite(log_evidence), log_evidence, -np.inf)
         best = np.argmax(score + np.log(candidates.prior), 1)
@@ -85,7 +83,7 @@ def _give(scene: Scene, k: int, model: Any, params: np.ndarray) -> None:
     group.seen = group.known = group.cov = None
 
 
-def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[np.ndarray]]:
+def _log_evidence(scene, candidates, fitter) -> tuple[np.ndarray, list[np.ndarray]]:
     """Evidence (K, M) and, for every candidate, parameters (K, P) in pixels of the image."""
     from galmorph.evidence import log_evidence
     from galmorph.images import fit_images
@@ -123,7 +121,6 @@ def _log_evidence(scene, candidates, fitter, report) -> tuple[np.ndarray, list[n
             at[:, 1:3] += origin[look]
             params[m][rows] = at
             value[rows, m] = np.where(np.isfinite(at).all(1), value[rows, m], np.nan)
-        report(len(some))
     return value, params
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from astropy import units as u
 from astropy.table import MaskedColumn, QTable
 
+from galmorph._magnitudes import magnitudes
+from galmorph._magnitudes import zero_point as zero_of
 from galmorph.deblending import SceneResult, deblend
 from galmorph.detection import (
     Detection,
@@ -34,7 +36,6 @@ from galmorph.psf import by_kind, psf_at, shared_or_each
 
 __all__ = ["Photometry", "output_files", "photometry"]
 
-_POGSON = 2.5 / np.log(10)
 #: Galaxies of less S/N are not looked at for their class.
 _CLASS_SNR = 20.0
 #: A larger factor is not noise that is correlated but light that was not detected.
@@ -148,14 +149,12 @@ class Photometry:
         return table
 
     def _add_magnitudes(self, table: QTable) -> None:
-        zero = _zero_point(self.zero_point, self.scene.data_unit)
+        zero = zero_of(self.scene.data_unit) if self.zero_point is None else self.zero_point
         if zero is None:
             return
         flux, error = (np.asarray(getattr(table[n], "value", table[n])) for n in _FLUXES)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            bright = np.where(flux > 0, flux, np.nan)
-            table["mag"] = u.Magnitude(zero - 2.5 * np.log10(bright), u.ABmag)
-            table["mag_err"] = _POGSON * error / bright * u.mag
+        mag, mag_err = magnitudes(flux, error, zero)
+        table["mag"], table["mag_err"] = u.Magnitude(mag, u.ABmag), mag_err * u.mag
 
     def _add_radius(self, table: QTable) -> None:
         radius = np.array([_half_light(m, p) for m, p in _models(self.scene)], dtype=float)
@@ -310,16 +309,6 @@ def _describe(table: QTable, class_names: tuple[str, ...]) -> None:
             text = "Latent of the learned model"
         if text:
             table[name].info.description = text
-
-
-def _zero_point(given: float | None, unit: Any) -> float | None:
-    """AB magnitude of a flux of one."""
-    if given is not None or unit is None:
-        return given
-    try:
-        return float((1 * unit).to(u.ABmag).value)
-    except u.UnitConversionError:
-        return None
 
 
 def _models(scene: SceneResult):
@@ -547,7 +536,7 @@ def photometry(
             "noise_factor": round(float(factor), 4),
             "detection": dict(found.settings),
             "star_prior": star_prior,
-            "zero_point": _zero_point(zero_point, frame.unit),
+            "zero_point": zero_of(frame.unit) if zero_point is None else zero_point,
         },
     )
 

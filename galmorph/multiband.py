@@ -20,6 +20,7 @@ from astropy import units as u
 from astropy.table import QTable
 
 from galmorph import _sky
+from galmorph._magnitudes import POGSON, magnitudes, zero_point
 from galmorph.deblending import SceneResult, _checked_fitter, _result
 from galmorph.flags import FitFlag
 from galmorph.images import _reporter
@@ -33,7 +34,6 @@ __all__ = ["ForcedPhotometry", "MultiBandResult", "deblend_bands", "forced_photo
 #: Names of the parts of a `BulgeDiskGalaxy2D`, and the share of the flux that is one.
 COMPONENTS = ("bulge", "disk")
 _SHARE = "bulge_fraction"
-_POGSON = 2.5 / np.log(10)
 _LOWEST_HALF = 5.0
 
 
@@ -170,24 +170,11 @@ def _put_positions(table: QTable, xy: np.ndarray, wcs: Any) -> None:
 def _put_flux(table: QTable, flux: str, mag: str, value, error, unit) -> None:
     table[flux] = value if unit is None else value * unit
     table[f"{flux}_err"] = error if unit is None else error * unit
-    zero = _ab_of_one(unit)
+    zero = zero_point(unit)
     if zero is not None:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            bright = np.where(value > 0, value, np.nan)
-            # a plain unit, which every format of tables can hold
-            table[mag] = (zero - 2.5 * np.log10(bright)) * u.mag
-            table[f"{mag}_err"] = _POGSON * error / bright * u.mag
+        # a plain unit, which every format of tables can hold
+        table[mag], table[f"{mag}_err"] = (v * u.mag for v in magnitudes(value, error, zero))
         table[mag].info.description = "AB magnitude"
-
-
-def _ab_of_one(unit: Any) -> float | None:
-    """AB magnitude of a flux of one, or None if the unit is not one of flux density."""
-    if unit is None:
-        return None
-    try:
-        return float((1 * unit).to(u.ABmag).value)
-    except u.UnitConversionError:
-        return None
 
 
 # -- forced photometry -----------------------------------------------------------------------
@@ -730,14 +717,14 @@ class MultiBandResult:
             flux, cov = flux[..., part], cov[:, :, part, :, part]
         else:
             raise ValueError(f"there is no component {component!r}; see component_colors")
-        zeros = [_ab_of_one(scene.data_unit) for scene in scenes]
+        zeros = [zero_point(scene.data_unit) for scene in scenes]
         zero = 0.0 if None in zeros else zeros[0] - zeros[1]
         bright = np.where(flux > 0, flux, np.nan)
         relative = cov / bright[:, :, None] / bright[:, None]
         variance = relative[:, a, a] + relative[:, b, b] - 2 * relative[:, a, b]
         color = zero - 2.5 * np.log10(bright[:, a] / bright[:, b])
         with np.errstate(invalid="ignore"):
-            return color, _POGSON * np.sqrt(variance)
+            return color, POGSON * np.sqrt(variance)
 
     def _joint_cov(self, count: int | None = None) -> np.ndarray:
         """Covariance of all joint parameters of all sources, or of the first few of each."""
