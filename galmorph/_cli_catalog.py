@@ -221,8 +221,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_output(args: argparse.Namespace) -> list[Path]:
     """Everything that would fail after the fits is looked at before them."""
-    import os
-
     from galmorph import cli
     from galmorph.catalog import output_files
 
@@ -230,18 +228,8 @@ def _check_output(args: argparse.Namespace) -> list[Path]:
         files = output_files(args.output, images=not args.no_images, report=not args.no_report)
     except ValueError as error:
         raise cli.UsageError(f"-o {error}") from None
-    for file in files:
-        if file.exists() and not args.overwrite:
-            raise cli.UsageError(f"{file} exists; choose another name, or say --overwrite")
-    folder = files[0].parent
-    if not folder.is_dir():
-        raise cli.UsageError(f"{folder}: no such folder")
-    if not os.access(folder, os.W_OK):
-        raise cli.UsageError(f"{folder}: no permission to write")
-    if (args.psf_oversampling or args.psf_without_pixel) and not cli._is_psf_file(args.psf):
-        raise cli.UsageError(
-            "--psf-oversampling and --psf-without-pixel describe a PSF file (--psf)"
-        )
+    cli._check_writable(files, args.overwrite)
+    cli._check_psf(args)
     names = [name for name, _ in args.band]
     if len(set(names)) != len(names):
         raise cli.UsageError("two --band have the same name")

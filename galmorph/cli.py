@@ -460,12 +460,7 @@ def _check_output(args: argparse.Namespace) -> Path:
     output = Path(args.output)
     if not output.name.lower().endswith((".fits", ".fits.gz", ".ecsv")):
         raise UsageError(f"-o {output}: the name must end in .fits or .ecsv")
-    if output.exists() and not args.overwrite:
-        raise UsageError(f"{output} exists; choose another name, or say --overwrite")
-    if not output.parent.is_dir():
-        raise UsageError(f"{output.parent}: no such folder")
-    if not os.access(output.parent, os.W_OK):
-        raise UsageError(f"{output.parent}: no permission to write")
+    _check_writable([output], args.overwrite)
     if args.plots:
         plots = Path(args.plots)
         if plots.exists() and not plots.is_dir():
@@ -473,9 +468,25 @@ def _check_output(args: argparse.Namespace) -> Path:
     for option in ("threshold", "n_pixels"):
         if getattr(args, option) is not None and not args.detect:
             raise UsageError(f"--{option.replace('_', '-')} is an option of --detect")
+    _check_psf(args)
+    return output
+
+
+def _check_writable(files: Sequence[Path], overwrite: bool) -> None:
+    """Files of one folder."""
+    for file in files:
+        if file.exists() and not overwrite:
+            raise UsageError(f"{file} exists; choose another name, or say --overwrite")
+    folder = files[0].parent
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"{folder}: no permission to write")
+
+
+def _check_psf(args: argparse.Namespace) -> None:
     if (args.psf_oversampling or args.psf_without_pixel) and not _is_psf_file(args.psf):
         raise UsageError("--psf-oversampling and --psf-without-pixel describe a PSF file (--psf)")
-    return output
 
 
 def _is_psf_file(psf: str | None) -> bool:
