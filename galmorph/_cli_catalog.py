@@ -121,6 +121,11 @@ def add_parser(subparsers) -> None:
         help="share of stars that is expected (default: 0.2)",
     )  # fmt: skip
     group.add_argument(
+        "--structure", type=cli._nonnegative_float, default=1.0, metavar="S",
+        help="light that models lack, as arms and clumps, that errors allow for; 1: as in real "
+        "galaxies; 0: none (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
         "--max-group", type=cli._positive_int, default=8, metavar="N",
         help="most sources that are fitted together (default: 8)",
     )  # fmt: skip
@@ -198,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
             noise_factor=args.noise_factor,
             detection=options,
             star_prior=args.star_prior,
+            structure=args.structure,
             find_missed=args.find_missed or None,
             classes=not args.no_classes,
             bands=dict(args.band),

@@ -94,7 +94,7 @@ def _digest(asked: Any) -> str:
     psfs = batch.psf if isinstance(batch.psf, list) else [batch.psf]
     code.update(repr([_psf_digest(p) for p in psfs]).encode())
     arrays = [batch.data, batch.inv_sigma, batch.position, batch.spread]
-    arrays += [asked.guess, np.array(asked.tolerance), *(asked.start or [])]
+    arrays += [asked.guess, np.array([asked.tolerance, asked.structure]), *(asked.start or [])]
     if known is not None:
         arrays += [known.total, known.misfit]
     for array in arrays:

@@ -37,6 +37,7 @@ from galmorph._learnedfit import (
     to_params,
 )
 from galmorph._posterior import _invert, wrap_axis
+from galmorph._structure import structure_covariance
 from galmorph.inference.least_squares import Linearisation, levenberg_marquardt
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.models.sersic import SersicGalaxy2D
@@ -807,6 +808,7 @@ def fit_scenes(
     guess: np.ndarray | None = None,
     misfit: bool = False,
     tolerance: float = 0.0,
+    structure: float = 0.0,
 ) -> SceneFits:
     """Fit all sources of every scene of a batch together.
 
@@ -824,6 +826,8 @@ def fit_scenes(
         Whether the misfit of learned sources is wanted; zeros otherwise.
     tolerance : float, optional
         Change of chi2 that ends a fit, if it is larger than what it is otherwise.
+    structure : float, optional
+        How much light that no model has the covariance allows for: 1 for that of real galaxies.
 
     Returns
     -------
@@ -855,17 +859,17 @@ def fit_scenes(
     if wide.numel():
         again = fit.solve(problem, result.u, bounds, tolerance=tolerance, rows=wide)
         _take_better(result, again, wide, -torch.inf)
-    return _summarise(fit, problem, result, bounds, n_iter, misfit)
+    return _summarise(fit, problem, result, bounds, n_iter, misfit, structure)
 
 
-def _summarise(fit, problem, result, bounds, n_iter, misfit) -> SceneFits:
+def _summarise(fit, problem, result, bounds, n_iter, misfit, structure) -> SceneFits:
     """Parameters, covariance and images in the units of the data."""
     free = (bounds[1] > bounds[0]) & torch.isfinite(result.u)
     dark = problem.amplitudes(result.u) == 0  # nothing is known of the shape of no light
     for k, where in enumerate(problem.where):
         free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
-    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit)
+    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, structure)
 
 
 def inverse_of_free(hessian: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -904,7 +908,9 @@ def params_and_slopes(fit, problem, u: torch.Tensor) -> tuple[list[torch.Tensor]
     return params, jacobian
 
 
-def in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit) -> SceneFits:
+def in_data_units(
+    fit, problem, result, free, inverse, bad, n_iter, misfit, structure: float = 0.0
+) -> SceneFits:
     """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates."""
     params, jacobian = params_and_slopes(fit, problem, result.u)
     images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
@@ -916,7 +922,10 @@ def in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit) -> S
         if fraction is not None:
             fraction = fraction.reshape(-1, len(part.slots), *fit.shape)
             off[:, part.slots] = np.abs(images[:, part.slots]) * fraction
-    cov = _angles_capped(jacobian @ inverse @ jacobian.transpose(1, 2), fit.setups)
+    cov = jacobian @ inverse @ jacobian.transpose(1, 2)
+    if structure:
+        cov = cov + structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    cov = _angles_capped(cov, fit.setups)
     cov[bad] = torch.nan
     at_bound = result.at_bound & free
     return SceneFits(

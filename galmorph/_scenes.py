@@ -526,6 +526,7 @@ class Work:
 
     fitter: Any
     background: str
+    structure: float = 0.0
     memory: Any = None
     workers: int = 1
     setups: dict[int, Any] = field(default_factory=dict)
@@ -790,6 +791,7 @@ class _Asked:
     known: _Known | None
     noise: Any
     tolerance: float
+    structure: float
 
     @classmethod
     def of(cls, tasks: list[_Task], work: Work) -> _Asked:
@@ -822,7 +824,9 @@ class _Asked:
                 np.concatenate([getattr(k, n) for k in known]) for n in ("total", "misfit")
             )
             known = _Known(total, off, known[0].n_free)
-        return cls(own, batch, start, guess, known, work.fitter.noise, first.tolerance)
+        return cls(
+            own, batch, start, guess, known, work.fitter.noise, first.tolerance, work.structure
+        )
 
     def answer(self) -> tuple[Any, str | None]:
         """Fits and what noise depends on; or what went wrong."""
@@ -837,6 +841,7 @@ class _Asked:
                 self.guess,
                 self.known,
                 self.tolerance,
+                self.structure,
             ), None
         except Exception as error:
             return None, f"{type(error).__name__}: {error}"
@@ -859,7 +864,9 @@ class _Known:
     n_free: int
 
 
-def fit_with_noise(setups, batch, noise, start, guess, known, tolerance: float = 0.0):
+def fit_with_noise(
+    setups, batch, noise, start, guess, known, tolerance: float = 0.0, structure: float = 0.0
+):
     """`fit_scenes` with any noise, by iteratively reweighted least squares.
 
     Returns the fits and what is `_Known` of them; ``known`` is that of the fits from which these
@@ -870,7 +877,7 @@ def fit_with_noise(setups, batch, noise, start, guess, known, tolerance: float =
     misfit = bool(getattr(noise, "needs_misfit", False))
     changes = noise is not None and bool(noise.parameter_names or not noise.gaussian)
     work = _working(batch, noise, known) if changes and known is not None else batch
-    options = {"misfit": misfit, "tolerance": tolerance}
+    options = {"misfit": misfit, "tolerance": tolerance, "structure": structure}
     fits = fit_scenes(setups, work, start=start, guess=guess, **options)
     firsts = np.cumsum([0, *(p.shape[1] for p in fits.params[:-1])])
     for _ in range(_REWEIGHTINGS if changes else 0):

@@ -409,6 +409,7 @@ def photometry(
     detection: Mapping[str, Any] | None = None,
     star_prior: float = 0.2,
     psf_error: float = 0.03,
+    structure: float = 1.0,
     find_missed: float | None = 6.0,
     classes: bool = True,
     bands: Mapping[str, Any] | None = None,
@@ -449,7 +450,7 @@ def photometry(
         Arguments of `galmorph.detection.detect`: ``threshold``, ``n_pixels``, ``box_size`` …
     star_prior : float, optional
         Share of stars that is expected.
-    psf_error : float, optional
+    psf_error, structure : float, optional
         See `galmorph.deblend`.
     find_missed : float or None, optional
         Significance above which sources are looked for, once, in the residual.
@@ -507,6 +508,7 @@ def photometry(
         model=candidates if candidates is not None else model,
         fitter=_fitter(fitter, gain, found, factor),
         psf=psf,
+        structure=structure,
         find_missed=find_missed,
         max_rounds=1,
         max_group=max_group,

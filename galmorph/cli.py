@@ -266,6 +266,13 @@ def _positive_float(text: str) -> float:
     return value
 
 
+def _nonnegative_float(text: str) -> float:
+    value = _number(text)
+    if value is None or not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number that is not negative, not {text!r}")
+    return value
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)

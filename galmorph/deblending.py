@@ -576,6 +576,7 @@ def deblend(
     position_prior: float | np.ndarray = 1.0,
     model_prior: Mapping[str, float] | None = None,
     psf_error: float = 0.03,
+    structure: float = 1.0,
     max_group: int = 8,
     find_missed: float | None = None,
     max_rounds: int = 2,
@@ -616,6 +617,10 @@ def deblend(
     psf_error : float, optional
         Error of the PSF relative to its value, pixel by pixel, that is allowed for in the
         choice between models.  Without it bright stars would be galaxies.
+    structure : float, optional
+        How much light that models do not have, as arms, clumps and tails, the covariance allows
+        for: 1 for that of real galaxies, 0 for models that are true.  With
+        `~galmorph.noise.LearnedNoise` it is in the noise, and is not added.
     max_group : int, optional
         So many sources at most are fitted together; the others' light is taken away, in
         turns until nothing changes.
@@ -650,6 +655,12 @@ def deblend(
     on the joint normal equations, batched over groups that are alike; each source
     is first looked at with the light of its neighbours taken away by symmetry.  The
     covariance is that of Laplace's approximation, for all sources of a group jointly.
+
+    Real galaxies have more structure than their models.  Each model image is cut into 48
+    patches (elliptical rings by sectors) whose light may differ from the model's by a fraction,
+    more so further out and the better the source is resolved; as fluxes depend on it linearly,
+    its variance is added to the covariance.  How large the fractions are is measured on bright
+    galaxies of KiDS and HST and on blends of them.
 
     Models are chosen by Laplace's approximation to the evidence of each source alone, its
     neighbours' models being taken away.  Half-light radii have a prior about that of the
@@ -723,10 +734,14 @@ def deblend(
         position_prior=position_prior,
     )
     fitter = _checked_fitter(fitter)
+    if getattr(fitter.noise, "needs_misfit", False):
+        structure = 0.0
     if int(workers) != workers or workers < 1:
         raise ValueError(f"workers must be a positive integer, not {workers!r}")
     memory = None if checkpoint is None else Memory(checkpoint, fitter)
-    work = Work(fitter, background, memory, int(workers))
+    if not 0 <= structure < np.inf:
+        raise ValueError(f"structure must be finite and not negative, not {structure!r}")
+    work = Work(fitter, background, float(structure), memory, int(workers))
     search = _search(find_missed, max_rounds, missed_model, model, scenes)
     started = time.perf_counter()
     with _reporter(progress, sum(len(scene.xy) for scene in scenes)) as report:

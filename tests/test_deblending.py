@@ -172,7 +172,13 @@ def many(psf):
     data = images + rng.normal(0, 0.5, images.shape)
     given = params[:, :, 1:3] + rng.normal(0, 0.2, (count, 2, 2))
     results = deblend(
-        data, list(given), model=SersicGalaxy2D(), uncertainty=0.5, psf=psf, position_prior=0.2
+        data,
+        list(given),
+        model=SersicGalaxy2D(),
+        uncertainty=0.5,
+        psf=psf,
+        position_prior=0.2,
+        structure=0,  # the model is true
     )
     return params, data, given, results
 
@@ -300,7 +306,8 @@ def test_learned_galaxies_are_recovered(psf, rng):
     params = model.sample(2, rng=3)
     params[:, :5] = [[2000, 20, 22, 4, 0.3], [1200, 29, 25, 3.5, 2.0]]
     image = model.render((48, 48), params=params).sum(0) + rng.normal(0, 0.5, (48, 48))
-    result = deblend(image, params[:, 1:3], psf=psf, uncertainty=0.5)  # the default model
+    # the default model, which is true
+    result = deblend(image, params[:, 1:3], psf=psf, uncertainty=0.5, structure=0)
     assert type(result.models[0]) is LearnedGalaxy2D
     assert (np.abs(result.flux - params[:, 0]) < 3.5 * result.flux_err).all()
     assert np.nanstd(result.residual_image) < 1.1 * 0.5
@@ -382,6 +389,7 @@ def test_fields_are_solved_in_groups(psf, rng):
         model=model,
         uncertainty=0.7,
         max_group=3,
+        structure=0,
         progress=lambda done, total: calls.append((done, total)),
     )
     assert np.bincount(result.group[result.group >= 0]).max() in (2, 3)

@@ -1,0 +1,135 @@
+"""Errors that allow for light that models do not have."""
+
+import numpy as np
+import pytest
+import torch
+
+from galmorph import PSF, MAPFitter, PointSource2D, SersicGalaxy2D
+from galmorph._structure import PATCHES, RINGS, SECTORS, patches_of, relative_rms
+from galmorph.deblending import deblend
+from galmorph.noise import CorrelatedNoise
+
+SIGMA = 0.3
+_BEYOND = 0.35
+
+
+@pytest.fixture(scope="module")
+def psf():
+    y, x = np.mgrid[-9:10, -9:10]
+    return PSF(np.exp(-0.5 * (x**2 + y**2) / 1.3**2))
+
+
+def patches(image, flux, centre, sigma=1.3):
+    label, resolved = patches_of(
+        torch.as_tensor(image[None]).flatten(1),
+        torch.tensor([float(flux)], dtype=torch.float64),
+        torch.as_tensor(np.array([centre], dtype=float)),
+        sigma,
+        image.shape[1],
+    )
+    return label[0].numpy().reshape(image.shape), float(resolved[0])
+
+
+@pytest.mark.parametrize("theta", [0.0, 0.7])
+def test_rings_hold_their_light_and_sectors_share_it(theta):
+    model = SersicGalaxy2D(1000, 60, 60.3, r_eff=12, n=1, ellip=0.5, theta=theta)
+    image = model.render((121, 121))
+    label, resolved = patches(image, 1000, (60, 60.3), sigma=0.0)
+    light = np.bincount(label.ravel(), image.ravel(), PATCHES).reshape(-1, SECTORS)
+    inside = light.sum(1).cumsum() / 1000
+    assert np.allclose(inside[:-1], RINGS, atol=0.01)
+    # sectors of an ellipse in its own frame are alike where they have many pixels
+    assert np.allclose(light[2:] / light[2:].mean(1, keepdims=True), 1, atol=0.15)
+    assert resolved == 1.0
+
+
+def test_what_is_not_resolved_has_no_structure(psf):
+    image = PointSource2D(100, 20, 20).render((41, 41), psf=psf)
+    assert patches(image, 100, (20, 20), sigma=psf.sigma)[1] < 0.1
+    image = SersicGalaxy2D(100, 20, 20, r_eff=6).render((41, 41), psf=psf)
+    assert patches(image, 100, (20, 20), sigma=psf.sigma)[1] > 0.8
+    assert not any(relative_rms(PointSource2D()))
+
+
+def test_error_of_a_flux_in_closed_form(psf):
+    """Only the flux is free: the estimate weighs pixels with the model."""
+    held = dict.fromkeys(("x_0", "y_0", "r_eff", "n", "ellip", "theta"), True)
+    model = SersicGalaxy2D(1, 20.2, 19.7, r_eff=4, n=1.5, ellip=0.3, theta=0.4, fixed=held)
+    unit = model.render((41, 41), psf=psf)
+    image = 800 * unit + np.random.default_rng(2).normal(0, SIGMA, unit.shape)
+    options = {"model": model, "uncertainty": SIGMA, "psf": psf, "position_prior": 0}
+    with_it, without = (deblend(image, [(20.2, 19.7)], structure=s, **options) for s in (1.0, 0.0))
+    flux = with_it.flux[0]
+    label, resolved = patches(flux * unit, flux, (20.2, 19.7), sigma=psf.sigma)
+    norm = (unit**2).sum()
+    assert np.isclose(without.flux_err[0], SIGMA / np.sqrt(norm), rtol=1e-3)
+    rms = resolved**2 * np.repeat(relative_rms(model), SECTORS)
+    own = flux * np.bincount(label.ravel(), unit.ravel(), PATCHES)
+    seen = flux * np.bincount(label.ravel(), (unit**2).ravel(), PATCHES) / norm
+    beyond = _BEYOND * resolved**2 * flux * (1 - unit.sum())
+    expected = (rms**2 * (seen - own) ** 2).sum() + beyond**2
+    found = with_it.flux_err[0] ** 2 - without.flux_err[0] ** 2
+    assert np.isclose(found, expected, rtol=0.02)
+    # half as much structure, a quarter of the variance
+    half = deblend(image, [(20.2, 19.7)], structure=0.5, **options).flux_err[0] ** 2
+    assert np.isclose(half - without.flux_err[0] ** 2, found / 4, rtol=1e-3)
+
+
+def test_fluxes_of_structured_galaxies_are_covered(psf):
+    """Patches that differ as the errors say: 68 % of intervals hold, which else are too short."""
+    rng = np.random.default_rng(3)
+    count, shape = 150, (48, 48)
+    model = SersicGalaxy2D(psf=psf)
+    params = np.empty((count, 2, 7))
+    angle = rng.uniform(0, 2 * np.pi, count)
+    for k, sign in enumerate((-4.5, 4.5)):
+        params[:, k, 0] = rng.uniform(4000, 8000, count)
+        params[:, k, 1:3] = 23.5 + sign * np.stack([np.cos(angle), np.sin(angle)], 1)
+        params[:, k, 3] = rng.uniform(3, 4.5, count)
+        params[:, k, 4] = np.exp(rng.normal(np.log(1.2), 0.2, count))
+        params[:, k, 5] = rng.uniform(0.1, 0.5, count)
+        params[:, k, 6] = rng.uniform(0, np.pi, count)
+    data, truth = np.zeros((count, *shape)), np.zeros((count, 2))
+    level = np.repeat(relative_rms(model), SECTORS)
+    for k in (0, 1):
+        images = model.render(shape, params=params[:, k])
+        for i, image in enumerate(images):
+            label, resolved = patches(image, params[i, k, 0], params[i, k, 1:3], psf.sigma)
+            factor = 1 + resolved**2 * level * rng.standard_normal(PATCHES)
+            seen = image * factor[label]
+            data[i] += seen
+            truth[i, k] = params[i, k, 0] + (seen - image).sum()
+    data += rng.normal(0, SIGMA, data.shape)
+    held = {}
+    for structure in (0.0, 1.0):
+        results = deblend(
+            data,
+            list(params[:, :, 1:3]),
+            model=SersicGalaxy2D(),
+            uncertainty=SIGMA,
+            psf=psf,
+            position_prior=0.5,
+            structure=structure,
+        )
+        pull = np.array([(r.flux - t) / r.flux_err for r, t in zip(results, truth, strict=True)])
+        held[structure] = np.mean(np.abs(pull) < 1)
+    assert held[0.0] < 0.4
+    # light of the two is not independent: as many standard errors of half as many
+    assert abs(held[1.0] - 0.683) < 3 * np.sqrt(0.217 / count)
+
+
+def test_correlated_noise_takes_the_same_way(psf):
+    image = SersicGalaxy2D(3000, 18, 20, r_eff=4).render((41, 41), psf=psf)
+    image += SersicGalaxy2D(2000, 25, 21, r_eff=3).render((41, 41), psf=psf)
+    image += np.random.default_rng(1).normal(0, SIGMA, image.shape)
+    options = {"model": SersicGalaxy2D(), "uncertainty": SIGMA, "psf": psf}
+    white = deblend(image, [(18, 20), (25, 21)], **options)
+    nearly = MAPFitter(noise=CorrelatedNoise([[1e-4, 1.0, 1e-4]]))
+    other = deblend(image, [(18, 20), (25, 21)], fitter=nearly, **options)
+    assert np.allclose(white.flux_cov, other.flux_cov, rtol=0.02)
+
+
+@pytest.mark.parametrize("bad", [-1, np.nan, np.inf])
+def test_bad_structure(bad):
+    with pytest.raises(ValueError, match="structure"):
+        deblend(np.ones((9, 9)), [(4, 4)], model=SersicGalaxy2D(), structure=bad)
