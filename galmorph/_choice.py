@@ -135,16 +135,10 @@ def _is_star(log_evidence: np.ndarray, candidates: Candidates) -> np.ndarray:
 
 
 def _snr(scene: Scene) -> np.ndarray:
-    """Flux over its standard deviation, (K,); 0 where either is not known."""
-    snr = np.zeros(len(scene.sources))
-    for group in scene.groups:
-        first = 0
-        for k in group.members:
-            params = scene.sources[k].params
-            if params is not None and group.cov is not None and group.cov[first, first] > 0:
-                snr[k] = params[0] / np.sqrt(group.cov[first, first])
-            first += len(scene.models[k].param_names)
-    return np.nan_to_num(snr)
+    """Flux over what noise alone makes its error, (K,); 0 where either is not known."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        snr = [np.nan if s.params is None else s.params[0] / s.flux_noise for s in scene.sources]
+    return np.nan_to_num(np.array(snr, dtype=float), posinf=0.0, neginf=0.0)
 
 
 def _with_size_prior(model: Any, fitter: Any, psf: Any) -> tuple[Any, Any]:

@@ -15,6 +15,7 @@ __all__ = ["Memory"]
 
 _FIELDS = (
     "cov",
+    "flux_noise",
     "background",
     "images",
     "misfit",

@@ -459,11 +459,10 @@ def _is_source(trial: _Trial, group: Group, k: int, residual, light, threshold: 
 
 
 def _flux_variance(scene: Scene, group: Group, k: int) -> float:
-    if group.cov is None or scene.sources[k].params is None:
+    source = scene.sources[k]
+    if group.cov is None or source.params is None:
         return np.nan
-    sizes = [len(scene.models[j].param_names) for j in group.members]
-    at = int(np.sum(sizes[: list(group.members).index(k)], dtype=int))
-    return float(group.cov[at, at]) if group.cov[at, at] > 0 else np.nan
+    return source.flux_noise**2 if source.flux_noise > 0 else np.nan
 
 
 def _n_free(model: Any) -> int:

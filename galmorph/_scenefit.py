@@ -94,6 +94,8 @@ class SceneFits:
     cov : array, shape (B, D, D)
         Of the parameters of all sources, in order, and then of the background; NaN where the
         curvature could not be inverted.
+    flux_noise : array, shape (B, K)
+        Standard deviation of each flux that is due to noise alone.
     background : array, shape (B, nb)
     images, misfit : array, shape (B, K, ny, nx)
         Of each source, and how far a learned one may be off.
@@ -104,6 +106,7 @@ class SceneFits:
 
     params: list[np.ndarray]
     cov: np.ndarray
+    flux_noise: np.ndarray
     background: np.ndarray
     images: np.ndarray
     misfit: np.ndarray
@@ -923,6 +926,9 @@ def in_data_units(
             fraction = fraction.reshape(-1, len(part.slots), *fit.shape)
             off[:, part.slots] = np.abs(images[:, part.slots]) * fraction
     cov = jacobian @ inverse @ jacobian.transpose(1, 2)
+    firsts = np.cumsum([0, *(p.shape[1] for p in params[:-1])])
+    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, firsts].clamp_min(0).sqrt()
+    flux_noise[bad] = torch.nan
     if structure:
         cov = cov + structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
     cov = _angles_capped(cov, fit.setups)
@@ -931,6 +937,7 @@ def in_data_units(
     return SceneFits(
         params=[p.cpu().numpy() for p in params],
         cov=cov.cpu().numpy(),
+        flux_noise=flux_noise.cpu().numpy(),
         background=(result.linear[:, 1:] * fit.scale[:, None]).cpu().numpy(),
         images=images,
         misfit=off,

@@ -67,6 +67,7 @@ class Source:
     group: int = -1
     guess: np.ndarray | None = None
     params: np.ndarray | None = None
+    flux_noise: float = np.nan  # error of the flux that noise alone makes
     box: tuple[slice, slice] | None = None
     image: np.ndarray | None = None  # within the box
     background: np.ndarray | None = None
@@ -890,6 +891,7 @@ def fit_with_noise(
             break
     if noise is not None:
         fits.cov = fits.cov / noise.information
+        fits.flux_noise = fits.flux_noise / np.sqrt(noise.information)
     return fits, _known(setups, fits) if changes else None
 
 
@@ -920,12 +922,10 @@ def _keep(task: _Task, fits: Any, b: int) -> None:
     dof = int(used.sum()) - fits.n_free
     size = sum(p.shape[1] for p in fits.params)
     group.cov = fits.cov[b, :size, :size]
-    first = 0
     for j, k in enumerate(group.members):
         source, params = scene.sources[k], fits.params[j][b]
-        variance = group.cov[first, first]
-        first += len(params)
-        source.params = _shifted(params, group, 1)
+        noise = fits.flux_noise[b, j]
+        source.params, source.flux_noise = _shifted(params, group, 1), float(noise)
         source.image = np.nan_to_num(fits.images[b, j]).astype(np.float32)
         source.background = fits.background[b]
         source.chi2, source.dof = float(fits.chi2[b]), max(dof, 0)
@@ -935,9 +935,7 @@ def _keep(task: _Task, fits: Any, b: int) -> None:
             FitFlag.AT_BOUND: fits.at_bound[b, j],
             FitFlag.BAD_COVARIANCE: fits.bad_covariance[b],
             FitFlag.FEW_PIXELS: dof <= 0,
-            FitFlag.LOW_SNR: not (
-                params[0] > 0 if variance == 0 else params[0] >= 5 * np.sqrt(variance)
-            ),
+            FitFlag.LOW_SNR: not (params[0] > 0 if noise == 0 else params[0] >= 5 * noise),
             FitFlag.EDGE: _near_edge(source.params[1:3], scene.shape),
             FitFlag.SATURATED: is_saturated(
                 scene.data, scene.data * scene.inv_sigma > _BRIGHT, source.params[1:3]

@@ -274,7 +274,7 @@ _DESCRIPTIONS = {
     "x_0": "Centre; (0, 0) is the centre of the first pixel",
     "y_0": "Centre; (0, 0) is the centre of the first pixel",
     "mag": "AB magnitude of the flux",
-    "snr": "Flux over its standard deviation",
+    "snr": "Flux over the error that noise alone makes",
     "r_half": "Half-light semi-major axis before the PSF; 0 for a star",
     "r_half_arcsec": "Half-light semi-major axis before the PSF; 0 for a star",
     "theta": "Angle of the major axis, counter-clockwise from +x",
@@ -656,10 +656,8 @@ def _classes(scene: SceneResult) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Probabilities (K, C) of the classes that ship, of galaxies without their neighbours."""
     from galmorph.classification import GalaxyClassifier
 
-    with np.errstate(invalid="ignore", divide="ignore"):
-        snr = scene.flux / scene.flux_err
     star = np.array([isinstance(m, PointSource2D) for m in scene.models], dtype=bool)
-    wanted = (snr > _CLASS_SNR) & ~star & ~scene.failed
+    wanted = (scene.snr > _CLASS_SNR) & ~star & ~scene.failed
     classifier = GalaxyClassifier.from_pretrained()
     probability = np.full((len(scene), len(classifier.class_names)), np.nan)
     for rows, data, sigma, position in scene.stamps(np.flatnonzero(wanted)):

@@ -185,6 +185,13 @@ class SceneResult:
         """Standard deviation of each flux, neighbours marginalised, shape (K,)."""
         return np.sqrt(self._variances([0])[:, 0])
 
+    @property
+    def snr(self) -> np.ndarray:
+        """Flux over the error that noise alone makes, shape (K,)."""
+        noise = np.array([source.flux_noise for source in self._sources], dtype=float)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.flux / noise
+
     def _block(self, group: Any, choose: Callable) -> tuple[np.ndarray, np.ndarray]:
         """Part of the covariance of a group: some parameters of each of its members."""
         first, at = 0, []
@@ -470,7 +477,8 @@ class SceneResult:
         -------
         `~astropy.table.QTable`
             The columns of `FitResult.to_table`, with units and, given a celestial WCS, sky
-            coordinates; and ``model``, ``group``, ``added``, ``blendedness`` and ``purity``.
+            coordinates (``snr`` is that of noise alone); and ``model``, ``group``, ``added``,
+            ``blendedness`` and ``purity``.
             Where models differ, columns that a source does not have are masked.
 
         Examples
@@ -504,6 +512,8 @@ class SceneResult:
         table = parts[0] if len(parts) == 1 else vstack(parts, metadata_conflicts="silent")
         table.sort("_order")
         table.remove_column("_order")
+        if "snr" in table.colnames:
+            table["snr"] = self.snr
         table["group"], table["added"] = self.group, self.added
         table["blendedness"], table["purity"] = self._overlaps()
         if self.candidates:

@@ -129,6 +129,18 @@ def test_correlated_noise_takes_the_same_way(psf):
     assert np.allclose(white.flux_cov, other.flux_cov, rtol=0.02)
 
 
+def test_signal_to_noise_is_that_of_noise(psf):
+    image = SersicGalaxy2D(9000, 20, 20, r_eff=5).render((41, 41), psf=psf)
+    image += np.random.default_rng(1).normal(0, SIGMA, image.shape)
+    options = {"model": SersicGalaxy2D(), "uncertainty": SIGMA, "psf": psf}
+    without = deblend(image, [(20, 20)], structure=0, **options)
+    found = deblend(image, [(20, 20)], **options)
+    assert np.allclose(without.snr, without.flux / without.flux_err)
+    assert np.allclose(found.snr, without.snr)
+    assert (found.flux_err > without.flux_err).all()
+    assert np.allclose(found.to_table()["snr"], found.snr)
+
+
 @pytest.mark.parametrize("bad", [-1, np.nan, np.inf])
 def test_bad_structure(bad):
     with pytest.raises(ValueError, match="structure"):
