@@ -32,10 +32,10 @@ from galmorph import (  # noqa: E402
     PointSource2D,
     SersicGalaxy2D,
     deblend,
-    detect,
     fit_images,
 )
 from galmorph._structure import PATCHES, RINGS, SECTORS, patches_of  # noqa: E402
+from galmorph.detection import detect  # noqa: E402
 from galmorph.flags import FitFlag  # noqa: E402
 
 FIELD = "kids_viking_field.fits"

@@ -458,7 +458,8 @@ def photometry(
         Whether galaxies above a S/N of 20 are given morphological classes.
     bands : mapping of str to image, optional
         Other images, in which the fluxes of the same models are measured; a tuple is an image and a
-        dictionary of options of `galmorph.multiband.forced_photometry`, as ``psf``.
+        dictionary of options of `galmorph.multiband.forced_photometry`, as ``psf`` or
+        ``zero_point``.
     fitter : MAPFitter, optional
     max_group : int, optional
         See `galmorph.deblend`.

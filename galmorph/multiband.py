@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from types import SimpleNamespace
@@ -67,6 +67,8 @@ class ForcedPhotometry:
     psf : PSF or None
     wcs : celestial WCS or None
     data_unit : `~astropy.units.Unit` or None
+    zero_point : float or None
+        AB magnitude of a flux of one, if it was given.
     meta : dict
         Provenance.
 
@@ -101,6 +103,7 @@ class ForcedPhotometry:
     psf: Any = None
     wcs: Any = None
     data_unit: Any = None
+    zero_point: float | None = None
     meta: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -125,9 +128,9 @@ class ForcedPhotometry:
         Returns
         -------
         `~astropy.table.QTable`
-            ``id``, position, ``flux``, ``flux_err``, AB magnitude ``mag`` and ``mag_err`` where
-            the unit of the image is one of flux density (NaN where the flux is not
-            positive), fluxes of components, ``chi2``, ``n_pixels`` and ``flags``.  All that is of
+            ``id``, position, ``flux``, ``flux_err``, AB magnitude ``mag`` and ``mag_err`` given a
+            zero point or where the unit of the image is one of flux density (NaN where the flux
+            is not positive), fluxes of components, ``chi2``, ``n_pixels`` and ``flags``.  All that is of
             the band has its name at the end (``flux_g``, ``flux_g_err``) if there is one.
 
         Examples
@@ -147,11 +150,12 @@ class ForcedPhotometry:
         table = QTable({"id": self.ids})
         _put_positions(table, self.xy, self.wcs)
         name = "" if self.band is None else f"_{self.band}"
-        _put_flux(table, f"flux{name}", f"mag{name}", self.flux, self.flux_err, self.data_unit)
+        of = (self.data_unit, self.zero_point)
+        _put_flux(table, f"flux{name}", f"mag{name}", self.flux, self.flux_err, *of)
         if self.component_flux is not None:
             for i, part in enumerate(COMPONENTS):
                 values = self.component_flux[:, i], self.component_flux_err[:, i]
-                _put_flux(table, f"flux_{part}{name}", f"mag_{part}{name}", *values, self.data_unit)
+                _put_flux(table, f"flux_{part}{name}", f"mag_{part}{name}", *values, *of)
         for column in ("background", "chi2", "n_pixels", "flags"):
             table[f"{column}{name}"] = getattr(self, column)
         if self.data_unit is not None:
@@ -167,10 +171,10 @@ def _put_positions(table: QTable, xy: np.ndarray, wcs: Any) -> None:
         table["sky_centroid"] = found[0]
 
 
-def _put_flux(table: QTable, flux: str, mag: str, value, error, unit) -> None:
+def _put_flux(table: QTable, flux: str, mag: str, value, error, unit, zero=None) -> None:
     table[flux] = value if unit is None else value * unit
     table[f"{flux}_err"] = error if unit is None else error * unit
-    zero = zero_point(unit)
+    zero = zero_point(unit) if zero is None else zero
     if zero is not None:
         # a plain unit, which every format of tables can hold
         table[mag], table[f"{mag}_err"] = (v * u.mag for v in magnitudes(value, error, zero))
@@ -190,6 +194,7 @@ def forced_photometry(
     background: str = "none",
     components: bool = False,
     shape_uncertainty: bool = False,
+    zero_point: float | None = None,
     band: str | None = None,
 ) -> ForcedPhotometry:
     """Fluxes in another image of sources whose positions and shapes are known.
@@ -213,6 +218,8 @@ def forced_photometry(
         Add what is not known of positions and shapes to the covariance of the fluxes, to
         first order.  Without this errors are those of sources that are exactly as fitted.  The
         noise of this image is taken as independent of that of the other one.
+    zero_point : float, optional
+        AB magnitude of a flux of one, for the table; by default that of the unit of the image.
     band : str, optional
         Name, for the columns of the table.
 
@@ -226,7 +233,7 @@ def forced_photometry(
         If ``result`` is not of one image.
     ValueError
         If there is no PSF though the other image had one, the images are of different shapes
-        without a WCS each, or ``background`` is something else.
+        without a WCS each, or ``background`` or ``zero_point`` is something else.
 
     Notes
     -----
@@ -271,6 +278,8 @@ def forced_photometry(
         raise TypeError(f"forced photometry needs one SceneResult, not {type(result).__name__}")
     if background not in ("none", "constant"):
         raise ValueError(f"background must be 'none' or 'constant', not {background!r}")
+    if zero_point is not None and not np.isfinite(zero_point):
+        raise ValueError(f"zero_point must be a magnitude, not {zero_point!r}")
     started = time.perf_counter()
     scene = _read_image(image, psf, uncertainty, mask)
     if scene.psf is None and result.psf is not None:
@@ -302,7 +311,7 @@ def forced_photometry(
         "band": band,
         "seconds": round(time.perf_counter() - started, 3),
     }
-    return columns.result(fit, design, band, meta)
+    return replace(columns.result(fit, design, band, meta), zero_point=zero_point)
 
 
 def _read_image(image: Any, psf: Any, uncertainty: Any, mask: Any) -> SimpleNamespace:

@@ -106,6 +106,16 @@ def test_with_uncertain_shapes_errors_are_those_of_the_joint_fit(red):
     assert (sure.flux_err < 0.5 * result.flux_err).all()
 
 
+def test_magnitudes_by_a_zero_point(red):
+    image, result = red
+    options = {"psf": SHARP, "uncertainty": 0.1, "band": "g"}
+    assert "mag_g" not in forced_photometry(result, image, **options).to_table().colnames
+    table = forced_photometry(result, image, zero_point=25.0, **options).to_table()
+    assert_allclose(table["mag_g"].value, 25 - 2.5 * np.log10(table["flux_g"]))
+    with pytest.raises(ValueError, match="zero_point"):
+        forced_photometry(result, image, zero_point=np.nan, **options)
+
+
 def test_chi2_of_a_source_is_that_of_its_box(red, rng):
     _, result = red
     image = drawn(PAIR, [100, 200], WIDE) + rng.normal(0, 0.3, SHAPE)
