@@ -42,6 +42,7 @@ from galmorph._scenes import (
     _known,
     _light,
     _shifted,
+    _shifts,
     _Task,
     _working,
     solve_scenes,
@@ -431,17 +432,27 @@ def solve_bands(
             _first_fluxes(scene, first, groups)
     seen: dict[int, list[np.ndarray]] = {}
     for turn in range(_ROUNDS if several else 1):
-        totals = [_light(scene) for scene in scenes] if several else None
-        todo = _tasks(scenes, groups, totals, seen)
-        if not todo:
+        done = 0
+        # as in one band: later, groups that share much are not fitted at once
+        for now in [groups] if turn == 0 else _apart(groups):
+            totals = [_light(scene) for scene in scenes] if several else None
+            todo = _tasks(scenes, now, totals, seen)
+            for own in _batches(todo, work):
+                _fit_some(own, work, reference, colors)
+                if turn == 0:
+                    report(sum(len(group.members) for group, _ in own))
+            done += len(todo)
+        if not done:
             break
-        for own in _batches(todo, work):
-            _fit_some(own, work, reference, colors)
-            if turn == 0:
-                report(sum(len(group.members) for group, _ in own))
     for b, scene in enumerate(scenes):
         _blank_failures(scene, groups, b)
     return groups
+
+
+def _apart(groups: list[JointGroup]) -> list[list[JointGroup]]:
+    """Groups that may be fitted at the same time."""
+    joint = {id(group.bands[0]): group for group in groups}
+    return [[joint[id(own)] for own in some] for some in _shifts([g.bands[0] for g in groups])]
 
 
 def _usable(params: Sequence[np.ndarray | None]) -> bool:

@@ -130,8 +130,9 @@ class ForcedPhotometry:
         `~astropy.table.QTable`
             ``id``, position, ``flux``, ``flux_err``, AB magnitude ``mag`` and ``mag_err`` given a
             zero point or where the unit of the image is one of flux density (NaN where the flux
-            is not positive), fluxes of components, ``chi2``, ``n_pixels`` and ``flags``.  All that is of
-            the band has its name at the end (``flux_g``, ``flux_g_err``) if there is one.
+            is not positive), fluxes of components, ``chi2``, ``n_pixels`` and ``flags``.  All
+            that is of the band has its name at the end (``flux_g``, ``flux_g_err``) if there is
+            one.
 
         Examples
         --------
