@@ -45,6 +45,7 @@ from galmorph._scenes import (
     _shifts,
     _Task,
     _working,
+    is_one,
     solve_scenes,
 )
 from galmorph.flags import FitFlag
@@ -426,7 +427,7 @@ def solve_bands(
                     scene.sources[k].flags |= first.sources[k].flags
                     scene.errors |= first.errors
     groups = [g for g in groups if _usable(g.start[0])]
-    several = len(groups) > 1
+    several = not is_one([group.bands[0] for group in groups], first.shape)
     if several:
         for scene in scenes:
             _first_fluxes(scene, first, groups)

@@ -586,8 +586,15 @@ def solve_scenes(
         if scene.models:
             make_groups(scene, work.setup_of(scene, 0), max_group)
         _enrol(scene, work)
-    totals = [_first_light(scene) if len(scene.groups) > 1 else None for scene in scenes]
+    totals = [
+        None if is_one(scene.groups, scene.shape) else _first_light(scene) for scene in scenes
+    ]
     _take_turns(scenes, totals, work, report)
+
+
+def is_one(groups: Sequence[Group], shape: tuple[int, int]) -> bool:
+    """Whether there is nothing but one group, whose box is the whole image."""
+    return all(len(groups) == 1 and g.origin == (0, 0) and g.shape == shape for g in groups)
 
 
 def solve_again(scenes: list[Scene], work: Work, rounds: int | None = None) -> None:

@@ -148,6 +148,18 @@ def test_one_source_is_fitted_as_a_single_galaxy(pair, psf, rng):
     assert_allclose(scene.params, alone.params, rtol=1e-3, atol=1e-3)
 
 
+def test_one_source_in_a_large_image(psf, rng):
+    """Its group is not the whole image."""
+    truth = SersicGalaxy2D(900, 210, 64, r_eff=4, n=1.5, ellip=0.3, theta=0.5)
+    image = truth.render((180, 320), psf=psf) + rng.normal(0, 0.2, (180, 320))
+    options = {"model": SersicGalaxy2D(), "psf": psf, "uncertainty": 0.2}
+    result = deblend(image, [(210, 64)], **options)
+    assert np.abs(result.flux[0] - 900) < 4 * result.flux_err[0]
+    assert np.nanstd(result.residual_image) < 1.02 * 0.2
+    two = deblend([image, image[:, :150]], [[(210, 64)], [(75, 90)]], **options)
+    assert np.allclose(two[0].params, result.params, rtol=1e-4)
+
+
 # -- statistics ------------------------------------------------------------------------------
 
 

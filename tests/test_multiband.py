@@ -360,6 +360,15 @@ def test_bands_in_proportion_are_one_band_with_less_noise(rng):
     assert_allclose(together.flux_cov[::2, ::2], forced.flux_cov.toarray(), rtol=2e-2)
 
 
+def test_one_source_in_a_large_image(rng):
+    truth = SersicGalaxy2D(900, 210, 64, r_eff=4, n=1.5, ellip=0.3, theta=0.5)
+    image = truth.render((180, 320), psf=SHARP)
+    images = {"r": image + rng.normal(0, 0.2, image.shape), "g": image / 2}
+    options = {"psf": SHARP, "uncertainty": {"r": 0.2, "g": 0.2}, "model": SersicGalaxy2D()}
+    result = deblend_bands(images, [(210, 64)], **options)
+    assert_allclose(result.flux[0], [900, 450], rtol=0.1)
+
+
 def test_a_prior_counts_once():
     image = PointSource2D().render(SHAPE, params=[[40, 20, 20]], psf=SHARP)[0]
     options = {"model": PointSource2D(), "psf": SHARP, "uncertainty": 1.0, "fitter": EXACT}
