@@ -11,7 +11,7 @@ import numpy as np
 from astropy.table import QTable
 
 from galmorph._quadrature import normal_points
-from galmorph.latents import Latents, _roots, measure_latents
+from galmorph.latents import Latents, measure_latents
 
 __all__ = ["GalaxyClassifier", "choose_n_components"]
 
@@ -48,6 +48,9 @@ class GalaxyClassifier:
         Added to the diagonal of the covariances, in units of the variance of the latents.
     calibration : float, optional
         Fraction of the galaxies that is not fitted, but says how unlikely unlikely galaxies are.
+    n_latents : int, optional
+        How many of the leading latents make the classes, d; by default all. The classes that come
+        with galmorph are of eight: `galmorph.latents.nearest` sees the others too.
     rng : Generator or int, optional
         For the starts and the choice of these galaxies.
 
@@ -79,7 +82,7 @@ class GalaxyClassifier:
 
     >>> from galmorph.latents import Latents
     >>> points = np.concatenate([rng.normal(0, 1, (200, 2)), rng.normal(8, 1, (100, 2))])
-    >>> latents = Latents(points, np.zeros((300, 2, 2)))
+    >>> latents = Latents(points, np.zeros((300, 2)))
     >>> own = GalaxyClassifier(n_components=2, rng=1).fit(latents)
     >>> own.predict(np.array([[0.0, 0.0], [8.0, 8.0]])).tolist()
     [0, 1]
@@ -94,6 +97,7 @@ class GalaxyClassifier:
         n_init: int = 5,
         reg_covar: float = 1e-3,
         calibration: float = 0.2,
+        n_latents: int | None = None,
         rng: np.random.Generator | int | None = None,
     ) -> None:
         self.n_components = n_components
@@ -102,11 +106,12 @@ class GalaxyClassifier:
         self.n_init = n_init
         self.reg_covar = reg_covar
         self.calibration = calibration
+        self.n_latents = n_latents
         self.rng = rng
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The parameters by name, as scikit-learn asks for them."""
-        names = "n_components covariance_type encoder n_init reg_covar calibration rng"
+        names = "n_components covariance_type encoder n_init reg_covar calibration n_latents rng"
         return {name: getattr(self, name) for name in names.split()}
 
     def set_params(self, **params: Any) -> GalaxyClassifier:
@@ -198,6 +203,10 @@ class GalaxyClassifier:
                 f"covariance_type must be one of {', '.join(_COVARIANCES)}, "
                 f"not {self.covariance_type!r}"
             )
+        if self.n_latents is not None and (
+            isinstance(self.n_latents, bool) or int(self.n_latents) != self.n_latents
+        ):
+            raise ValueError(f"n_latents must be an integer or None, not {self.n_latents!r}")
         if not 0 <= self.calibration < 1:
             raise ValueError(f"calibration must be from 0 to below 1, not {self.calibration!r}")
 
@@ -279,7 +288,11 @@ class GalaxyClassifier:
             "covariances": self.covariances_,
             "reference": reference,
         }
-        header = {"names": self.class_names, "metadata": metadata or {}}
+        header = {
+            "names": self.class_names,
+            "n_latents": self.n_latents,
+            "metadata": metadata or {},
+        }
         write_arrays(path, arrays, kind=_KIND, header=header)
 
     @classmethod
@@ -304,6 +317,7 @@ class GalaxyClassifier:
             arrays["weights"], arrays["means"], arrays["covariances"], encoder=encoder
         )
         self.class_names = list(header["names"])
+        self.n_latents = header.get("n_latents")  # files of the first version have none
         reference = arrays["reference"]
         self._reference = reference if len(reference) else None
         return self
@@ -335,7 +349,7 @@ class GalaxyClassifier:
             if not part.cov.any():
                 proba[here] = self._responsibilities(part.mean)
                 continue
-            drawn = part.mean[:, None] + np.einsum("nij,sj->nsi", _roots(part.cov), points)
+            drawn = part.around(points)
             flat = self._responsibilities(drawn.reshape(-1, drawn.shape[-1]))
             proba[here] = flat.reshape(len(here), len(points), -1).mean(1)
         return proba
@@ -431,10 +445,7 @@ class GalaxyClassifier:
             raise ValueError("this GalaxyClassifier was not fitted: call fit, or from_pretrained")
 
     def _latents(self, images: Any, options: dict[str, Any]) -> Latents:
-        if isinstance(images, np.ndarray) and images.ndim == 2 and not options:
-            count, d = images.shape
-            images = Latents(images, np.zeros((count, d, d)))
-        latents = measure_latents(images, encoder=self.encoder, **options)
+        latents = _latents_of(images, self.encoder, self.n_latents, options)
         if hasattr(self, "means_") and latents.mean.shape[1] != self.means_.shape[1]:
             raise ValueError(
                 f"the classes are of {self.means_.shape[1]} latents, not {latents.mean.shape[1]}"
@@ -473,6 +484,7 @@ def choose_n_components(
     n_resamplings: int = 5,
     covariance_type: str = "full",
     encoder: Any = None,
+    n_latents: int | None = None,
     rng: np.random.Generator | int | None = None,
     **options: Any,
 ) -> QTable:
@@ -486,7 +498,7 @@ def choose_n_components(
         Numbers to try.
     n_resamplings : int, optional
         Bootstrap samples, each fitted again.
-    covariance_type, encoder : optional
+    covariance_type, encoder, n_latents : optional
         As for `GalaxyClassifier`.
     rng : Generator or int, optional
 
@@ -511,10 +523,7 @@ def choose_n_components(
 
     from sklearn.metrics import adjusted_rand_score
 
-    if isinstance(images, np.ndarray) and images.ndim == 2 and not options:
-        latents = Latents(images, np.zeros((*images.shape, images.shape[1])))
-    else:
-        latents = measure_latents(images, encoder=encoder, **options)
+    latents = _latents_of(images, encoder, n_latents, options)
     values = latents.mean[latents.good]
     rng = np.random.default_rng(rng)
     rows = []
@@ -532,6 +541,16 @@ def choose_n_components(
             (k, bic, np.mean(agree) if agree else np.nan, np.std(agree) if agree else np.nan)
         )
     return QTable(rows=rows, names=["n_components", "bic", "stability", "stability_std"])
+
+
+def _latents_of(
+    images: Any, encoder: Any, n_latents: int | None, options: dict[str, Any]
+) -> Latents:
+    """Those that make classes, of images or of what holds latents."""
+    if isinstance(images, np.ndarray) and images.ndim == 2 and not options:
+        images = Latents(images, np.zeros(images.shape))
+    latents = measure_latents(images, encoder=encoder, **options)
+    return latents if n_latents is None else latents.leading(n_latents)
 
 
 def _full(mixture: Any, d: int) -> np.ndarray:

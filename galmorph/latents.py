@@ -35,7 +35,8 @@ class Latents:
     ----------
     mean : array, shape (N, d)
         NaN where there was nothing to measure.
-    cov : array, shape (N, d, d)
+    cov : array, shape (N, d, d) or (N, d)
+        Covariances; or variances, of posteriors in which the latents are independent.
     flags : array of int32, shape (N,)
         Bit mask, see `FitFlag`.
     ids : array of int, shape (N,)
@@ -45,7 +46,7 @@ class Latents:
     --------
     >>> import numpy as np
     >>> from galmorph.latents import Latents
-    >>> latents = Latents(np.zeros((5, 2)), np.tile(np.eye(2), (5, 1, 1)))
+    >>> latents = Latents(np.zeros((5, 2)), np.ones((5, 2)))
     >>> len(latents), latents[1:3].sample(10, rng=1).shape
     (5, (2, 10, 2))
     """
@@ -58,9 +59,10 @@ class Latents:
     def __post_init__(self) -> None:
         self.mean = np.asarray(self.mean, dtype=float)
         self.cov = np.asarray(self.cov, dtype=float)
-        if self.mean.ndim != 2 or self.cov.shape != (*self.mean.shape, self.mean.shape[1]):
+        shape = self.mean.shape
+        if self.mean.ndim != 2 or self.cov.shape not in (shape, (*shape, shape[1])):
             raise ValueError(
-                f"mean must be (N, d) and cov (N, d, d), not {self.mean.shape} and {self.cov.shape}"
+                f"mean must be (N, d) and cov (N, d, d) or (N, d), not {shape} and {self.cov.shape}"
             )
         count = len(self.mean)
         self.flags = np.zeros(count, np.int32) if self.flags is None else np.asarray(self.flags)
@@ -76,7 +78,39 @@ class Latents:
     @property
     def good(self) -> np.ndarray:
         """Where there are latents, (N,) bool."""
-        return np.isfinite(self.mean).all(1) & np.isfinite(self.cov).all((1, 2))
+        return np.isfinite(self.mean).all(1) & np.isfinite(self.variance).all(1)
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Of each latent, (N, d)."""
+        return self.cov if self.cov.ndim == 2 else np.diagonal(self.cov, axis1=1, axis2=2)
+
+    def leading(self, n: int) -> Latents:
+        """The first n latents of each galaxy.
+
+        Those of `Morphology` are in order of how much galaxies differ in them.
+
+        Parameters
+        ----------
+        n : int
+            From 1 to d.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph.latents import Latents
+        >>> Latents(np.zeros((5, 3)), np.ones((5, 3))).leading(2).mean.shape
+        (5, 2)
+        """
+        if not 1 <= n <= self.mean.shape[1]:
+            raise ValueError(f"there are {self.mean.shape[1]} latents, not {n}")
+        cov = self.cov[(slice(None),) + (slice(n),) * (self.cov.ndim - 1)]
+        return Latents(self.mean[:, :n], cov, self.flags, self.ids)
 
     def sample(self, n: int, rng: np.random.Generator | int | None = None) -> np.ndarray:
         """Draws from each posterior, (N, n, d).
@@ -86,8 +120,18 @@ class Latents:
         n : int
         rng : Generator or int, optional
         """
-        noise = np.random.default_rng(rng).standard_normal((n, self.mean.shape[1]))
-        return self.mean[:, None] + np.einsum("nij,sj->nsi", _roots(self.cov), noise)
+        return self.around(np.random.default_rng(rng).standard_normal((n, self.mean.shape[1])))
+
+    def around(self, points: np.ndarray) -> np.ndarray:
+        """Points of N(0, I) carried to each posterior, (N, S, d).
+
+        Parameters
+        ----------
+        points : array, shape (S, d)
+        """
+        if self.cov.ndim == 2:
+            return self.mean[:, None] + np.sqrt(self.cov)[:, None] * points
+        return self.mean[:, None] + np.einsum("nij,sj->nsi", _roots(self.cov), points)
 
 
 def _roots(cov: np.ndarray) -> np.ndarray:
@@ -112,14 +156,15 @@ class Morphology:
     Notes
     -----
     Trained without labels: all views of one galaxy (turned, mirrored, moved, blurred, with noise or
-    a companion) are to have the same latents, and different galaxies different ones. The covariance
-    is how far a view is from the original.
+    a companion) are to have the same latents, and different galaxies different ones. The latents
+    are in order: on the first ones galaxies differ most compared with views of one galaxy. The
+    covariance is how far a view is from the original.
 
     Examples
     --------
     >>> from galmorph.latents import Morphology
     >>> Morphology.from_pretrained().latent_dim
-    8
+    64
     """
 
     def __init__(self, network: Any) -> None:
@@ -176,7 +221,7 @@ class Morphology:
         write_arrays(path, arrays, kind=_KIND, header=header)
 
     def posterior(self, batch: StampBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Means (B, d) and covariances (B, d, d) of stamps; NaN where nothing is seen."""
+        """Means and variances (B, d) of stamps; NaN where nothing is seen."""
         psf = batch.psf[0] if isinstance(batch.psf, list) and batch.psf else batch.psf
         fwhm = None if psf is None or isinstance(psf, list) else 2.3548 * psf.sigma
         data, weight = _in_noise(batch.data, batch.inv_sigma)
@@ -185,7 +230,7 @@ class Morphology:
             for rows in (slice(i, i + _BLOCK) for i in range(0, len(data), _BLOCK))
         ]
         mean, std = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return mean, np.square(std)[:, :, None] * np.eye(self.latent_dim)
+        return mean, np.square(std)
 
     def _block(self, data, weight, position, fwhm) -> tuple[np.ndarray, np.ndarray]:
         """Means and standard deviations (b, d), by arithmetic that does not depend on b."""
@@ -232,7 +277,7 @@ class NetworkLatents:
         return self.vae.latent_size
 
     def posterior(self, batch: StampBatch) -> tuple[np.ndarray, np.ndarray]:
-        """Means (B, d) and covariances (B, d, d) of a batch of stamps."""
+        """Means (B, d), and covariances (B, d, d) or variances (B, d), of a batch of stamps."""
         import torch
 
         shape = tuple(batch.data.shape[1:])
@@ -248,7 +293,7 @@ class NetworkLatents:
         mean = told.mean.double().numpy()
         if hasattr(told, "covariance_matrix"):
             return mean, told.covariance_matrix.double().numpy()
-        return mean, told.variance.double().numpy()[:, :, None] * np.eye(mean.shape[1])
+        return mean, told.variance.double().numpy()
 
 
 def _in_noise(data: np.ndarray, inv_sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -283,7 +328,7 @@ def measure_latents(
     encoder : object, optional
         By default ``Morphology.from_pretrained()``; `NetworkLatents`, a `GalaxyVAE`; ``"fit"``
         takes the latents of a fit of `galmorph.LearnedGalaxy2D`; or what has
-        ``posterior(batch) -> (mean, cov)``.
+        ``posterior(batch) -> (mean, cov)``, with shapes as those of `Latents`.
     uncertainty, mask, psf, positions, size, segmentation, progress
         As for `galmorph.fit_images`. The PSF helps to find the centre, no more.
     batch_size : int, optional
@@ -308,7 +353,7 @@ def measure_latents(
     >>> stamps = galaxy + np.random.default_rng(0).normal(0, 0.1, (3, 41, 41))
     >>> latents = measure_latents(stamps, uncertainty=0.1)
     >>> latents.mean.shape
-    (3, 8)
+    (3, 64)
     """
     given = (uncertainty, mask, psf, positions, size, segmentation)
     if isinstance(images, Latents):
@@ -367,7 +412,7 @@ def _measured(source: StampSource, encoder: Any, progress: Any, batch_size: int 
     from galmorph.images import _reporter
 
     count, d = len(source), encoder.latent_dim
-    mean, cov = np.full((count, d), np.nan), np.full((count, d, d), np.nan)
+    mean, cov = np.full((count, d), np.nan), np.full((count, d), np.nan)
     flags = np.zeros(count, np.int32)
     with _reporter(progress, count) as report:
         for indices in source.batches(batch_size):
@@ -376,8 +421,10 @@ def _measured(source: StampSource, encoder: Any, progress: Any, batch_size: int 
             rows = np.flatnonzero((batch.flags & FitFlag.FAILED) == 0)
             if len(rows):
                 with one_thread():
-                    found = encoder.posterior(batch[rows])
-                mean[indices[rows]], cov[indices[rows]] = found
+                    mean[indices[rows]], found = encoder.posterior(batch[rows])
+                if cov.ndim < found.ndim:  # only now it is known which it tells
+                    cov = np.full((count, d, d), np.nan)
+                cov[indices[rows]] = found
             source.release()
             report(len(indices))
     lost = ~np.isfinite(mean).all(1) & ((flags & FitFlag.FAILED) == 0)
@@ -405,18 +452,25 @@ def nearest(latents: Latents, among: Latents, n: int = 10) -> tuple[np.ndarray, 
     index : array of int, shape (N, n)
         Of ``among``, the nearest first; -1 where there are too few, or the galaxy has no latents.
     distance : array, shape (N, n)
-        In units of the scatter of ``among`` along each latent; inf there.
+        Between means, in units of the scatter of ``among`` along each latent; inf there.
 
     Raises
     ------
     ValueError
         If the numbers of latents differ, or n is not positive.
 
+    Notes
+    -----
+    The scatter is that of the galaxies themselves: the variance of their posterior means and the
+    mean variance of their posteriors together. A latent that images tell little of has means that
+    are close together for this, and so counts little. The expected squared distance between the
+    latents themselves is that of the means plus the variances of both posteriors.
+
     Examples
     --------
     >>> import numpy as np
     >>> from galmorph.latents import Latents, nearest
-    >>> all_ = Latents(np.arange(10.0)[:, None], np.zeros((10, 1, 1)))
+    >>> all_ = Latents(np.arange(10.0)[:, None], np.zeros((10, 1)))
     >>> nearest(all_[[4]], all_, n=3)[0].tolist()[0][0]
     4
     """
@@ -430,7 +484,7 @@ def nearest(latents: Latents, among: Latents, n: int = 10) -> tuple[np.ndarray, 
     rows, wanted = np.flatnonzero(among.good), np.flatnonzero(np.isfinite(latents.mean).all(1))
     if len(rows) == 0 or len(wanted) == 0:
         return index, distance
-    width = among.mean[rows].std(0)
+    width = np.sqrt(among.mean[rows].var(0) + among.variance[rows].mean(0))
     width[width == 0] = 1.0
     tree = cKDTree(among.mean[rows] / width)
     found, at = tree.query(latents.mean[wanted] / width, k=np.arange(1, n + 1))

@@ -14,6 +14,7 @@ from galmorph import (
     SersicGalaxy2D,
     fit_images,
 )
+from galmorph._tensorfile import read_arrays, write_arrays
 from galmorph.classification import choose_n_components
 from galmorph.latents import Latents, Morphology, measure_latents, nearest
 
@@ -25,8 +26,7 @@ def blobs(rng, n=300):
 
 
 def exact(points):
-    count, d = points.shape
-    return Latents(points, np.zeros((count, d, d)))
+    return Latents(points, np.zeros(points.shape))
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,30 @@ def test_turns_mirrors_and_brightness_do_not_matter(stamps):
     for name, images in others.items():
         sigma = 1e-30 if name == "in other units" else 1.0
         other = classifier.predict_proba(np.ascontiguousarray(images), uncertainty=sigma)
-        assert np.abs(other - proba).max() < 0.05, name
+        assert np.abs(other - proba).max() < 1e-3, name
+
+
+def test_the_shipped_classes_are_of_leading_latents(stamps):
+    classifier = GalaxyClassifier.from_pretrained()
+    latents = measure_latents(stamps, uncertainty=1.0)
+    used = classifier.n_latents
+    assert classifier.means_.shape[1] == used < latents.mean.shape[1]
+    proba = classifier.predict_proba(latents)
+    assert np.array_equal(proba, classifier.predict_proba(latents.leading(used)))
+    latents.mean[:, used:] += 10
+    assert np.array_equal(proba, classifier.predict_proba(latents))
+
+
+def test_what_images_do_not_tell_is_uncertain(stamps):
+    """Images tell the first latents best; noise takes from all."""
+    rng = np.random.default_rng(8)
+
+    clean = measure_latents(stamps, uncertainty=1.0)
+    noisy = measure_latents(stamps + rng.normal(0, 5, stamps.shape), uncertainty=np.sqrt(26))
+    assert clean.variance[:, :8].mean() < 0.5 * clean.variance[:, 32:].mean()
+    assert np.median(noisy.variance / clean.variance) > 1.1
+    rest = np.abs(noisy.mean - clean.mean) / np.sqrt(noisy.variance + clean.variance)
+    assert (rest < 3).mean() > 0.95
 
 
 def test_bad_stamps_are_flagged_and_the_others_done(stamps):
@@ -129,7 +152,9 @@ def test_masked_pixels_hardly_matter(stamps):
     mask[:, 5:13, 5:13] = True
     seen = measure_latents(some, uncertainty=1.0, mask=mask)
     clean = measure_latents(stamps[:20], uncertainty=1.0)
-    assert np.abs(seen.mean - clean.mean).max() < 0.5
+    moved = np.abs(seen.mean - clean.mean)
+    assert moved[:, :8].max() < 0.5  # of the scatter of galaxies
+    assert np.sqrt(np.mean(moved**2 / clean.variance)) < 0.5
 
 
 def test_of_a_fit_and_of_its_images(stamps):
@@ -143,12 +168,27 @@ def test_of_a_fit_and_of_its_images(stamps):
         measure_latents(result, encoder="fit")
 
 
+def test_variances_are_diagonal_covariances():
+    rng = np.random.default_rng(3)
+    mean, variance = rng.normal(0, 3, (50, 3)), rng.uniform(0.1, 4, (50, 3))
+    short, full = Latents(mean, variance), Latents(mean, variance[:, :, None] * np.eye(3))
+    assert np.array_equal(short.variance, full.variance)
+    assert np.allclose(short[3:9].leading(2).cov, full[3:9].leading(2).variance)
+    drawn = short.sample(4000, rng=1)
+    assert np.allclose(drawn.mean(1), mean, atol=0.15)
+    assert np.allclose(drawn.var(1), variance, rtol=0.15)
+    classes = GalaxyClassifier(2, rng=1).fit(short)
+    assert np.allclose(classes.predict_proba(short), classes.predict_proba(full), atol=0.05)
+    with pytest.raises(ValueError, match="cov"):
+        Latents(mean, variance[:, :2])
+
+
 def test_latents_of_any_network(stamps):
     vae = GalaxyVAE.from_pretrained("beta_vae")
     latents = measure_latents(stamps[:5], encoder=vae, uncertainty=1.0)
     mean, std = vae.latents(stamps[:5])
     assert np.allclose(latents.mean, mean, atol=1e-5)
-    assert np.allclose(np.sqrt(np.diagonal(latents.cov, axis1=1, axis2=2)), std, rtol=1e-4)
+    assert np.allclose(np.sqrt(latents.variance), std, rtol=1e-4)
     classes = GalaxyClassifier(2, encoder=vae, calibration=0.0, rng=1)
     told = classes.fit(stamps[:5], uncertainty=1.0).predict(stamps[:5], uncertainty=1.0)
     assert set(told) <= {0, 1}
@@ -193,6 +233,33 @@ def test_files(tmp_path):
         GalaxyClassifier.read(tmp_path / "none")
 
 
+def test_leading_latents_make_the_classes(tmp_path):
+    rng = np.random.default_rng(6)
+    points, _ = blobs(rng)
+    more = np.concatenate([points, 50 * rng.normal(size=(300, 3))], 1)
+    cov = np.tile(np.diag([0.3, 0.3, 9.0, 9.0, 9.0]), (300, 1, 1))
+    latents = Latents(more, cov)
+    assert np.array_equal(latents.leading(2).cov, cov[:, :2, :2])
+    few = GalaxyClassifier(3, rng=1).fit(latents.leading(2))
+    fit = GalaxyClassifier(3, n_latents=2, rng=1).fit(latents)
+    fit.write(tmp_path / "mine.classes")
+    again = GalaxyClassifier.read(tmp_path / "mine.classes")
+    assert again.n_latents == 2
+    for what in ("predict", "predict_proba", "score_samples", "outlier_probability"):
+        wanted = getattr(few, what)(latents.leading(2))
+        assert np.array_equal(getattr(fit, what)(latents), wanted), what
+        assert np.array_equal(getattr(again, what)(latents), wanted), what
+    arrays, header = read_arrays(tmp_path / "mine.classes", kind="classes")
+    del header["n_latents"]  # as in files of the first version
+    write_arrays(tmp_path / "old.classes", arrays, kind="classes", header=header)
+    old = GalaxyClassifier.read(tmp_path / "old.classes")
+    assert np.array_equal(old.predict(latents.leading(2)), few.predict(latents.leading(2)))
+    with pytest.raises(ValueError, match="classes are of 2 latents, not 5"):
+        old.predict(latents)
+    table = choose_n_components(more, [3], n_latents=2, rng=1, n_resamplings=2)
+    assert table["stability"][0] > 0.95
+
+
 def test_repeats_exactly_and_the_number_is_found():
     points, _ = blobs(np.random.default_rng(2))
     one, two = (GalaxyClassifier(4, rng=7).fit(exact(points)) for _ in range(2))
@@ -220,6 +287,29 @@ def test_nearest():
     assert np.isinf(far[0, 2])
 
 
+def test_latents_without_information_do_not_rule_what_is_nearest():
+    """Galaxies seen twice, with latents N(0, 1) and posteriors as Bayes has them."""
+    rng = np.random.default_rng(9)
+    sigma = np.array([0.1, 0.1, 0.2, 0.2] + 20 * [5.0])
+    truth = rng.normal(size=(400, len(sigma)))
+    shrink = 1 / (1 + sigma**2)
+    cov = np.tile(sigma**2 * shrink, (400, 1))
+    one, two = (Latents(shrink * rng.normal(truth, sigma), cov) for _ in range(2))
+    index, distance = nearest(two, one, n=2)
+    # scaled by the scatter of the means, noise would rule
+    ruled, _ = nearest(exact(two.mean), exact(one.mean), n=1)
+    itself = (index[:, 0] == np.arange(400)).mean()
+    assert itself > 3 * (ruled[:, 0] == np.arange(400)).mean()
+
+    def apart(found):  # what the distance stands for
+        return np.square(truth - truth[found[:, 0]]).sum(1).mean()
+
+    assert apart(index) < 0.8 * apart(ruled)
+    width = np.sqrt(one.mean.var(0) + cov[0])
+    far = np.linalg.norm((two.mean[0] - one.mean[index[0, 0]]) / width)
+    assert distance[0, 0] == pytest.approx(far)
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -227,6 +317,9 @@ def test_nearest():
         ({"n_components": 2.5}, "integer"),
         ({"covariance_type": "round"}, "covariance_type"),
         ({"calibration": 1.0}, "calibration"),
+        ({"n_latents": 3}, "there are 2 latents, not 3"),
+        ({"n_latents": 0}, "there are 2 latents, not 0"),
+        ({"n_latents": 1.5}, "n_latents must be an integer"),
         ({"n_components": 400}, "at least 800 galaxies"),
     ],
 )
@@ -244,3 +337,5 @@ def test_more_errors(stamps):
         measure_latents(stamps[:1], encoder=3.0)
     with pytest.raises(ValueError, match="of 2 latents"):
         GalaxyClassifier.from_mixture([1], [[0, 0]], [np.eye(2)]).predict(np.zeros((3, 4)))
+    with pytest.raises(ValueError, match="there are 4 latents, not 5"):
+        GalaxyClassifier.from_pretrained().set_params(n_latents=5).predict(np.zeros((3, 4)))

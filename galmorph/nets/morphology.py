@@ -263,7 +263,7 @@ class MorphologyEncoder(nn.Module):
 
     The angle of the galaxy and its mirror image make no difference:
 
-    >>> turned, _ = encoder(image.flip(2).roll(16, 2), scalars)
+    >>> turned, _ = encoder(image.flip(2).roll(1 + 16, 2), scalars)
     >>> torch.allclose(mean, turned, atol=1e-5)
     True
     """
@@ -297,7 +297,8 @@ class MorphologyEncoder(nn.Module):
         """Last hidden layer, (B, hidden); of the image as it is only, or with its mirror image."""
         pooled = self._pooled(image)
         if mirror:
-            pooled = 0.5 * (pooled + self._pooled(image.flip(2)))
+            # the angle a is -a in the mirror, and the first one stays where it is
+            pooled = 0.5 * (pooled + self._pooled(image.flip(2).roll(1, 2)))
         h = nn.functional.silu(self.first(torch.cat([pooled, scalars], 1)))
         return h + nn.functional.silu(self.second(h))
 
