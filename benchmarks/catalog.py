@@ -164,8 +164,8 @@ def one_by_one(found) -> np.ndarray:
 # -- galaxies that are put in --------------------------------------------------------------------
 
 
-def injected(say: Report, path: Path, model: str, runs: int, side: int, rng) -> None:
-    """Galaxies of known flux in parts of the field."""
+def injected(say: Report, path: Path, model: str, shapes: str, runs: int, side: int, rng) -> None:
+    """Galaxies of known flux, with learned or Sersic shapes, in parts of the field."""
     with fits.open(path) as hdus:
         image = hdus["SCI_R"].data.astype(float)
         psf, rms = PSF(hdus["PSF_R"].data), float(hdus["SCI_R"].header["NOISERMS"])
@@ -175,7 +175,7 @@ def injected(say: Report, path: Path, model: str, runs: int, side: int, rng) -> 
     for _ in range(runs):
         y0, x0 = (int(rng.integers(0, n - side)) for n in data.shape)
         part = data[y0 : y0 + side, x0 : x0 + side].copy()
-        truth = galaxies(rng, side, 30)
+        truth = galaxies(shapes, rng, side, 30)
         part += light(truth, part.shape, psf)
         found = photometry(
             part * u.uJy, model=model, psf=psf, uncertainty=rms * u.uJy,
@@ -184,7 +184,10 @@ def injected(say: Report, path: Path, model: str, runs: int, side: int, rng) -> 
         before = detect(data[y0 : y0 + side, x0 : x0 + side], uncertainty=rms, background="none")
         rows += matched(found, truth, before)
     mag, hit, off, pull, crowded = np.array(rows).T
-    say(f"\n{len(rows)} galaxies put in, {runs} parts of {side} x {side} pixels, model={model!r}")
+    say(
+        f"\n{len(rows)} galaxies put in, {runs} parts of {side} x {side} pixels, "
+        f"model={model!r}, {shapes} shapes"
+    )
     say("    r            put in  found   median dF/F   scatter   pulls: median  width   68 % hold")
     for low, high in ((19, 20.5), (20.5, 21.5), (21.5, 22.5), (22.5, 23.5), (23.5, 24.5)):
         bin_ = (mag >= low) & (mag < high) & (crowded == 0)
@@ -198,9 +201,9 @@ def injected(say: Report, path: Path, model: str, runs: int, side: int, rng) -> 
     say(f"    ({int(crowded.sum())} within 4 pixels of a source of the field are left out)")
 
 
-def galaxies(rng, side: int, count: int) -> tuple:
+def galaxies(shapes: str, rng, side: int, count: int) -> tuple:
     """Model, and parameters (count, P) of galaxies whose magnitudes are uniform."""
-    model = LearnedGalaxy2D.from_pretrained()
+    model = SersicGalaxy2D() if shapes == "sersic" else LearnedGalaxy2D.from_pretrained()
     mag = rng.uniform(19, 24.5, count)
     params = draw_galaxies(
         model, shape=(side, side), pixel_scale=PIXEL, zero_point=ZERO, magnitudes=mag, rng=rng
@@ -255,6 +258,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--parts", nargs="+", default=["field", "injected"])
     parser.add_argument("--models", nargs="+", default=["sersic", "auto"])
+    parser.add_argument("--shapes", choices=("learned", "sersic"), default="learned")
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--side", type=int, default=400)
     parser.add_argument("--seed", type=int, default=1)
@@ -271,7 +275,7 @@ def main() -> None:
     if "injected" in args.parts:
         for model in args.models:
             rng = np.random.default_rng(args.seed)
-            injected(say, path, model, args.runs, args.side, rng)
+            injected(say, path, model, args.shapes, args.runs, args.side, rng)
     say.write(None if args.out == "-" else args.out)
 
 

@@ -231,16 +231,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--parts", nargs="+", default=["kids", "hst"])
     parser.add_argument("--n", type=int, default=200, help="blends")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default=RESULTS / "structure.txt", help="'-' for none")
     args = parser.parse_args()
     torch.set_num_threads(1)
     say = Report("Structure that models do not have")
-    stamps, psf = kids(args.data)
-    levels(say, "KiDS", stamps, psf, 60)
-    levels(say, "HST", cosmos(args.data), None, 40)
-    covered(say, stamps, psf, args.n, args.seed)
+    if "kids" in args.parts:
+        stamps, psf = kids(args.data)
+        levels(say, "KiDS", stamps, psf, 60)
+        covered(say, stamps, psf, args.n, args.seed)
+    if "hst" in args.parts:
+        levels(say, "HST", cosmos(args.data), None, 20)
     say.write(None if args.out == "-" else args.out)
 
 
