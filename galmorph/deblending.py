@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from astropy.table import QTable, vstack
+from astropy.utils.exceptions import AstropyUserWarning
 
 from galmorph.flags import FitFlag
 from galmorph.images import _reporter, describe
@@ -23,6 +25,9 @@ from galmorph.models.base import GalaxyModel
 from galmorph.results import BACKGROUND_TERMS, FitResult
 
 __all__ = ["SceneResult", "deblend"]
+
+# how `SceneResult.sample` draws
+_METHODS = ("laplace", "importance", "mcmc")
 
 
 def __getattr__(name: str) -> Any:
@@ -118,6 +123,8 @@ class SceneResult:
     _groups: list[Any] = field(default_factory=list)
     _background: str = "none"
     _possible: list[GalaxyModel] = field(default_factory=list)  # what sources might have been
+    _fitter: Any = None  # with its priors and noise; None where other bands were fitted with this
+    _spread: np.ndarray | None = None  # of the prior of the positions, (K,)
 
     def __len__(self) -> int:
         return len(self.models)
@@ -230,24 +237,53 @@ class SceneResult:
         return share / share.sum(1, keepdims=True)
 
     def sample(
-        self, n: int, rng: np.random.Generator | int | None = None
+        self,
+        n: int,
+        rng: np.random.Generator | int | None = None,
+        *,
+        method: str = "laplace",
     ) -> np.ndarray | list[np.ndarray]:
-        """Draw parameters of all sources together, from the normal approximation.
+        """Draw parameters of all sources together from the posterior.
 
-        Radii and indices are normal in their logarithm, ellipses in -ln(q) (cos 2 theta,
-        sin 2 theta).  Sources of one group are drawn jointly: where one has more light its
-        neighbour has less.
+        Sources of one group are drawn jointly: where one has more light its neighbour has less.
+        Each group is drawn given what the models of the others leave.
 
         Parameters
         ----------
         n : int
-            How many draws.
+            How many draws, of equal weight.
         rng : `numpy.random.Generator` or int, optional
+        method : {"laplace", "importance", "mcmc"}, optional
+            ``"laplace"``: the normal approximation of the fit, in which radii and indices are
+            normal in their logarithm, ellipses in -ln(q) (cos 2 theta, sin 2 theta).
+            ``"mcmc"``: Markov chains, as of `MCMCFitter`.  ``"importance"``: weighted draws, as of
+            `ImportanceFitter`, resampled; groups of more than 16 free parameters, and those whose
+            weights cannot be trusted, are sampled by chains.
 
         Returns
         -------
         array, shape (K, n, P), or list of K arrays, shape (n, P_k)
-            NaN where there is no fit or no covariance.
+            NaN where there is no fit (``"laplace"``: or no covariance).
+
+        Raises
+        ------
+        ValueError
+            If there is no such method, ``n`` is not a positive integer, or this is one band of a
+            joint fit, whose posterior is not that of its own pixels (only ``"laplace"``).
+
+        Warns
+        -----
+        `~astropy.utils.exceptions.AstropyUserWarning`
+            Of sources whose chains did not converge: split R-hat above 1.01, or less than 400
+            effective draws.  Their draws are returned.
+
+        Notes
+        -----
+        ``"importance"`` and ``"mcmc"`` take the models for true: they know nothing of the light
+        that models do not have, for which the covariance of the fit, and so ``"laplace"``, allows
+        (``structure`` of `deblend`; with `~galmorph.noise.LearnedNoise` it is in the noise, and
+        all methods know of it).  What has no prior is equally likely everywhere, as for
+        `MCMCFitter`; centres have the normal prior of ``position_prior``.
 
         Examples
         --------
@@ -259,9 +295,26 @@ class SceneResult:
         >>> result = deblend(image, [(18, 20)], model=SersicGalaxy2D(), uncertainty=0.3)
         >>> result.sample(100, rng=1).shape
         (1, 100, 7)
+        >>> result.sample(100, rng=1, method="importance").shape
+        (1, 100, 7)
         """
-        rng = np.random.default_rng(rng)
+        if method not in _METHODS:
+            raise ValueError(f"method must be one of {list(_METHODS)}, not {method!r}")
+        if int(n) != n or n < 1:
+            raise ValueError(f"n must be a positive integer, not {n!r}")
+        n, rng = int(n), np.random.default_rng(rng)
         draws = [np.full((n, len(m.param_names)), np.nan) for m in self.models]
+        drawn = self._from_normal(n, rng) if method == "laplace" else self._from(method, n, rng)
+        for group, values in drawn:
+            first = 0
+            for k in group.members:
+                draws[k] = values[:, first : first + draws[k].shape[1]]
+                first += draws[k].shape[1]
+        same = len({d.shape for d in draws}) == 1
+        return np.stack(draws) if same else draws
+
+    def _from_normal(self, n: int, rng: np.random.Generator) -> Iterator[tuple[Any, np.ndarray]]:
+        """Groups and draws (n, D) from the normal approximation, where there is one."""
         for group in self._groups:
             size = sum(len(self.models[k].param_names) for k in group.members)
             normal = rng.standard_normal((1, n, size))
@@ -269,13 +322,52 @@ class SceneResult:
                 continue
             models = [self.models[k] for k in group.members]
             centre = np.concatenate([self._sources[k].params for k in group.members])
-            drawn = _draws(models, centre, group.cov, normal)
-            first = 0
-            for k in group.members:
-                draws[k] = drawn[:, first : first + draws[k].shape[1]]
-                first += draws[k].shape[1]
-        same = len({d.shape for d in draws}) == 1
-        return np.stack(draws) if same else draws
+            yield group, _draws(models, centre, group.cov, normal)
+
+    def _from(
+        self, method: str, n: int, rng: np.random.Generator
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        """Groups and draws (n, D) from the posterior itself, where there is a fit."""
+        from galmorph._scene_target import sample_groups
+
+        if self._fitter is None:
+            raise ValueError(
+                "a band of a joint fit has the posterior of all bands; only method='laplace' knows"
+            )
+        lost: list[Any] = []
+        for group, values, converged in sample_groups(
+            self._scene(), self._fitter, self._background, method, n, rng
+        ):
+            if not converged:
+                lost += self.ids[group.members].tolist()
+            yield group, values
+        if lost:
+            warnings.warn(
+                f"chains of sources {', '.join(map(str, sorted(lost)))} did not converge: their "
+                "draws may not be those of the posterior",
+                AstropyUserWarning,
+                stacklevel=3,
+            )
+
+    def _scene(self) -> Any:
+        """The scene as it was fitted."""
+        from galmorph._scenes import Scene
+
+        return Scene(
+            data=self.data,
+            inv_sigma=self.inv_sigma,
+            psf=self.psf,
+            flags=0,
+            wcs=self.wcs,
+            unit=self.data_unit,
+            name=self.meta["images"],
+            xy=self.xy,
+            ids=self.ids,
+            spread=self._spread,
+            models=self.models,
+            sources=self._sources,
+            groups=self._groups,
+        )
 
     # -- images --------------------------------------------------------------------------
 
@@ -670,7 +762,7 @@ def deblend(
     patches (elliptical rings by sectors) whose light may differ from the model's by a fraction,
     more so further out and the better the source is resolved; as fluxes depend on it linearly,
     its variance is added to the covariance.  How large the fractions are is measured on bright
-    galaxies of KiDS and HST and on blends of them.
+    galaxies of KiDS and on blends of them.
 
     Models are chosen by Laplace's approximation to the evidence of each source alone, its
     neighbours' models being taken away.  Half-light radii have a prior about that of the
@@ -762,7 +854,8 @@ def deblend(
     seconds = time.perf_counter() - started
     results = [_result(scene, fitter, background, seconds, len(scenes), search) for scene in scenes]
     possible = [model] if isinstance(model, GalaxyModel) else []
-    for result in results:
+    for scene, result in zip(scenes, results, strict=True):
+        result._fitter, result._spread = fitter, scene.spread
         result._possible = possible if candidates is None else list(candidates.models.values())
     if chosen is not None:
         for result, evidence in zip(results, chosen, strict=True):
