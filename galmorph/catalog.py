@@ -32,7 +32,6 @@ from galmorph.models.base import GalaxyModel
 from galmorph.models.bulge_disk import BulgeDiskGalaxy2D
 from galmorph.models.point_source import PointSource2D
 from galmorph.models.sersic import SersicGalaxy2D
-from galmorph.psf import by_kind, psf_at, shared_or_each
 
 __all__ = ["Photometry", "output_files", "photometry"]
 
@@ -653,24 +652,13 @@ def _fitter(fitter: Any, gain: float | None, found: Detection, factor: float) ->
     return MAPFitter(noise=PoissonNoise(gain=gain, read_noise=read_noise))
 
 
-def _classes(scene: SceneResult) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Probabilities (K, C) of the classes that ship, of galaxies without their neighbours."""
+def _classes(scene: SceneResult) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Probabilities (K, C) of the classes that ship, and their names."""
     from galmorph.classification import GalaxyClassifier
 
-    star = np.array([isinstance(m, PointSource2D) for m in scene.models], dtype=bool)
-    wanted = (scene.snr > _CLASS_SNR) & ~star & ~scene.failed
     classifier = GalaxyClassifier.from_pretrained()
-    probability = np.full((len(scene), len(classifier.class_names)), np.nan)
-    for rows, data, sigma, position in scene.stamps(np.flatnonzero(wanted)):
-        psfs = [psf_at(scene.psf, scene.xy[k]) for k in rows]
-        for part in by_kind(psfs):
-            probability[rows[part]] = classifier.predict_proba(
-                data[part],
-                uncertainty=sigma[part],
-                psf=shared_or_each(psfs[i] for i in part),
-                positions=position[part],
-            )
-    return probability, tuple(classifier.class_names)
+    names = tuple(classifier.class_names)
+    return scene.class_probabilities(classifier, least_snr=_CLASS_SNR), names
 
 
 def _bands(scene: SceneResult, bands: Mapping[str, Any]) -> dict[str, Any]:

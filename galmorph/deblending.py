@@ -22,6 +22,7 @@ from astropy.utils.exceptions import AstropyUserWarning
 from galmorph.flags import FitFlag
 from galmorph.images import _reporter, describe
 from galmorph.models.base import GalaxyModel
+from galmorph.psf import by_kind, psf_at, shared_or_each
 from galmorph.results import BACKGROUND_TERMS, FitResult
 
 __all__ = ["SceneResult", "deblend"]
@@ -368,6 +369,51 @@ class SceneResult:
             sources=self._sources,
             groups=self._groups,
         )
+
+    def class_probabilities(self, classifier: Any = None, *, least_snr: float = 20.0) -> np.ndarray:
+        """Probabilities of morphological classes, of each source without its neighbours.
+
+        Parameters
+        ----------
+        classifier : GalaxyClassifier, optional
+            By default ``GalaxyClassifier.from_pretrained()``.
+        least_snr : float, optional
+            Sources of lower ``snr`` have none.
+
+        Returns
+        -------
+        array, shape (K, C)
+            In the order of ``classifier.class_names``; NaN for point sources, faint ones and
+            those without a fit.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from galmorph import SersicGalaxy2D
+        >>> from galmorph.deblending import deblend
+        >>> image = SersicGalaxy2D(5000, 30, 32, r_eff=6, n=4).render((64, 64))
+        >>> image += np.random.default_rng(1).normal(0, 0.3, (64, 64))
+        >>> result = deblend(image, [(30, 32)], model=SersicGalaxy2D(), uncertainty=0.3)
+        >>> result.class_probabilities().sum(1).round(6).tolist()
+        [1.0]
+        """
+        from galmorph.classification import GalaxyClassifier
+        from galmorph.models.point_source import PointSource2D
+
+        classifier = GalaxyClassifier.from_pretrained() if classifier is None else classifier
+        star = np.array([isinstance(m, PointSource2D) for m in self.models], dtype=bool)
+        wanted = (self.snr > least_snr) & ~star & ~self.failed
+        probability = np.full((len(self), len(classifier.class_names)), np.nan)
+        for rows, data, sigma, position in self.stamps(np.flatnonzero(wanted)):
+            psfs = [psf_at(self.psf, self.xy[k]) for k in rows]
+            for part in by_kind(psfs):
+                probability[rows[part]] = classifier.predict_proba(
+                    data[part],
+                    uncertainty=sigma[part],
+                    psf=shared_or_each(psfs[i] for i in part),
+                    positions=position[part],
+                )
+        return probability
 
     # -- images --------------------------------------------------------------------------
 

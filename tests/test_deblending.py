@@ -552,3 +552,29 @@ def test_the_figure_of_a_scene(pair, psf, rng):
     with pytest.raises(ValueError, match="four axes"):
         scene(result, axes=axes[:3])
     plt.close("all")
+
+
+def test_classes_of_sources(psf, rng):
+    """Those of each alone; none of a star, and of what is too faint."""
+    from galmorph import GalaxyClassifier
+
+    galaxy = SersicGalaxy2D(9000, 40, 32, r_eff=6, n=3, ellip=0.2).render((64, 80), psf=psf)
+    others = SersicGalaxy2D(6000, 62, 34, r_eff=4, n=1).render((64, 80), psf=psf)
+    others += PointSource2D().render((64, 80), params=[[2000, 12, 14]], psf=psf)[0]
+    others += PointSource2D().render((64, 80), params=[[15, 10, 50]], psf=psf)[0]
+    noise = rng.normal(0, 0.3, galaxy.shape)
+    sersic, point = SersicGalaxy2D(), PointSource2D()
+    result = deblend(
+        galaxy + others + noise,
+        [(40, 32), (62, 34), (12, 14), (10, 50)],
+        model=[sersic, sersic, point, sersic],
+        psf=psf,
+        uncertainty=0.3,
+    )
+    found = result.class_probabilities()
+    assert np.isfinite(found).all(1).tolist() == [True, True, False, False]
+    assert np.allclose(found[:2].sum(1), 1)
+    alone = GalaxyClassifier.from_pretrained().predict_proba(
+        galaxy + noise, uncertainty=0.3, psf=psf, positions=[(40, 32)]
+    )
+    assert found[0].argmax() == alone[0].argmax()
