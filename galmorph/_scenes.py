@@ -586,10 +586,27 @@ def solve_scenes(
         if scene.models:
             make_groups(scene, work.setup_of(scene, 0), max_group)
         _enrol(scene, work)
+    for scene in scenes:
+        if not is_one(scene.groups, scene.shape):
+            _check_centres(scene, work.fitter)
     totals = [
         None if is_one(scene.groups, scene.shape) else _first_light(scene) for scene in scenes
     ]
     _take_turns(scenes, totals, work, report)
+
+
+def _check_centres(scene: Scene, fitter: Any) -> None:
+    """Raise ValueError if a model says where it is: in the box of a group that is elsewhere."""
+    for name in ("x_0", "y_0"):
+        held = any(
+            m.fixed[name] or m.tied[name] or tuple(m.bounds[name]) != (None, None)
+            for m in {id(m): m for m in scene.models}.values()
+        )
+        if held or name in (fitter.priors or {}):
+            raise ValueError(
+                f"{name} has a bound, a prior or a fixed value, which in a large image is not "
+                "possible: give the positions, and say by position_prior how well they are known"
+            )
 
 
 def is_one(groups: Sequence[Group], shape: tuple[int, int]) -> bool:

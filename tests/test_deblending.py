@@ -578,3 +578,11 @@ def test_classes_of_sources(psf, rng):
         galaxy + noise, uncertainty=0.3, psf=psf, positions=[(40, 32)]
     )
     assert found[0].argmax() == alone[0].argmax()
+
+
+def test_models_do_not_say_where_they_are_in_a_large_image(psf):
+    image = np.random.default_rng(1).normal(0, 1, (220, 60))
+    image += SersicGalaxy2D(2000, 30, 150, r_eff=3).render((220, 60), psf=psf)
+    for options in ({"bounds": {"x_0": (20, 40)}}, {"fixed": {"y_0": True}}):
+        with pytest.raises(ValueError, match="position_prior"):
+            deblend(image, [(30, 150)], model=SersicGalaxy2D(**options), psf=psf, uncertainty=1.0)
