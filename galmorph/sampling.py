@@ -293,7 +293,9 @@ class ImportanceFitter(_PosteriorFitter):
         Where draws come from; ``"encoder"`` only for learned galaxies, and without a fit.
     fallback : bool, optional
         Whether galaxies whose Pareto k is above 0.7 are sampled by `MCMCFitter` instead;
-        otherwise they are flagged WEIGHTS, as those are for which that fails.
+        otherwise they are flagged WEIGHTS, as those are for which that fails.  Beyond 16
+        coordinates, as of learned galaxies, chains take a minute or more each, are run once and
+        often fail: ``fallback=False`` says so at once.
     priors, noise, rng, n_samples, max_iter, max_shift, device, dtype, batch_size
         As for `MCMCFitter`.
 
@@ -339,7 +341,7 @@ class ImportanceFitter(_PosteriorFitter):
         return importance(start, self.n_samples)
 
     def _check(self, fits, here, found, start, seeds) -> dict[str, np.ndarray]:
-        from galmorph._sampling import KHAT, markov_chains
+        from galmorph._sampling import _ADAPTABLE, KHAT, markov_chains
 
         bad = np.flatnonzero(~(found["khat"] <= KHAT))
         if not bad.size:
@@ -351,7 +353,8 @@ class ImportanceFitter(_PosteriorFitter):
             start.part(bad),
             chains=4,
             draws=500,
-            blocks=5,
+            # with many coordinates a block takes minutes, and what it lacks is flagged
+            blocks=5 if start.target.size <= _ADAPTABLE else 1,
             rhat=1.01,
             ess=400.0,
             keep=self.n_samples,
