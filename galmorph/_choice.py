@@ -91,7 +91,7 @@ def _log_evidence(scene, candidates, fitter) -> tuple[np.ndarray, list[np.ndarra
     models = list(candidates.models.values())
     value = np.full((len(scene.xy), len(models)), np.nan)
     params = [np.full((len(scene.xy), len(m.param_names)), np.nan) for m in models]
-    snr = _snr(scene)
+    snr = np.nan_to_num([source.snr for source in scene.sources])
     # learned galaxies last: whether they are looked at depends on the others
     order = sorted(enumerate(models), key=lambda pair: isinstance(pair[1], LearnedGalaxy2D))
     for some, data, sigma, origin in stamps_alone(scene, psf_error=candidates.psf_error):
@@ -132,13 +132,6 @@ def _is_star(log_evidence: np.ndarray, candidates: Candidates) -> np.ndarray:
     point = np.array([isinstance(m, PointSource2D) for m in candidates.models.values()])
     score = np.where(np.isfinite(log_evidence), log_evidence, -np.inf) + np.log(candidates.prior)
     return np.isfinite(score).any(1) & point[score.argmax(1)]
-
-
-def _snr(scene: Scene) -> np.ndarray:
-    """Flux over what noise alone makes its error, (K,); 0 where either is not known."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        snr = [np.nan if s.params is None else s.params[0] / s.flux_noise for s in scene.sources]
-    return np.nan_to_num(np.array(snr, dtype=float), posinf=0.0, neginf=0.0)
 
 
 def _with_size_prior(model: Any, fitter: Any, psf: Any) -> tuple[Any, Any]:

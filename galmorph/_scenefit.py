@@ -221,9 +221,8 @@ class _Profiles(_Sources):
         largest = np.log(max(self.shape))
         for c in self.radii:
             upper[:, c] = torch.maximum(upper[:, c].clamp_max(largest), lower[:, c])
-        dark = torch.inf if not self.radii else 0.0
         free = params.new_full((len(params), int(self.linear)), torch.inf)
-        least = torch.full_like(free, -dark)
+        least = torch.full_like(free, 0.0 if self.radii else -torch.inf)
         return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
 
     def widen(self, params, psfs, shift) -> torch.Tensor:
@@ -313,7 +312,7 @@ class _Learned(_Sources):
         lower[:, :2] = torch.where(held, lower[:, :2], position - shift[:, None])
         upper[:, :2] = torch.where(held, upper[:, :2], position + shift[:, None])
         free = u.new_full((len(u), int(self.linear)), torch.inf)
-        least = torch.full_like(free, -0.0 if sized else -torch.inf)
+        least = torch.full_like(free, 0.0 if sized else -torch.inf)
         return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
 
     def fresh(self, u: torch.Tensor) -> None:

@@ -196,9 +196,7 @@ class SceneResult:
     @property
     def snr(self) -> np.ndarray:
         """Flux over the error that noise alone makes, shape (K,)."""
-        noise = np.array([source.flux_noise for source in self._sources], dtype=float)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self.flux / noise
+        return np.array([source.snr for source in self._sources], dtype=float)
 
     def _block(self, group: Any, choose: Callable) -> tuple[np.ndarray, np.ndarray]:
         """Part of the covariance of a group: some parameters of each of its members."""
