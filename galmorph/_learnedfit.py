@@ -52,7 +52,9 @@ _PRIOR_OFFSET = 1e3
 # galaxies that are worked on at once: their maps should stay in the cache
 _WINDOW = 16
 # steps in radii, in ln r or radians, and in latents, that leave derivatives as they are
-_SMALL_STEP, _SMALL_BEND = 0.03, 0.3
+_SMALL_STEP, _SMALL_BEND = 0.03, 0.1
+# the longest steps of ln r and of a latent
+_LONGEST, _LONGEST_BEND = 1.0, 2.0
 
 
 class _LearnedProblem:
@@ -323,6 +325,8 @@ class _Solver:
             tolerance=5e-2,
             relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
             window=max(1, min(setup.window, _WINDOW)),
+            longest=longest_step(problem),
+            stiffen=True,
         )
 
     def at(self, u: torch.Tensor, rows: torch.Tensor) -> _LearnedProblem:
@@ -347,6 +351,13 @@ class _Solver:
     ) -> Iterator[tuple[torch.Tensor, _LearnedProblem]]:
         """Places in ``u``, and the problem of these galaxies."""
         yield torch.arange(len(u), device=u.device), self.at(u, rows)
+
+
+def longest_step(problem: _LearnedProblem) -> torch.Tensor:
+    """How far each coordinate (U,) may go at once: ln r and latents bend the image."""
+    longest = problem.scale.new_full((4 + problem.d + problem.walks_flux,), torch.inf)
+    longest[2], longest[4 : 4 + problem.d] = _LONGEST, _LONGEST_BEND
+    return longest
 
 
 def _keep_better(result: LeastSquaresResult, other: LeastSquaresResult) -> None:

@@ -34,6 +34,7 @@ from galmorph._learnedfit import (
     _LearnedProblem,
     _nested,
     _Solver,
+    longest_step,
     to_params,
 )
 from galmorph._posterior import _invert, wrap_axis
@@ -131,6 +132,7 @@ class _Sources:
 
     problem: _GalaxyProblem | _LearnedProblem
     centre: tuple[int, int]
+    size: int  # coordinates of a source
 
     def __init__(self, setup: BatchSetup, slots: Sequence[int], scale: torch.Tensor) -> None:
         self.setup, self.slots, self.scale = setup, list(slots), scale
@@ -161,6 +163,10 @@ class _Sources:
     def amplitude(self, u: torch.Tensor) -> torch.Tensor:
         """Flux (of the profile, if learned) in units of the noise, (n,)."""
         return u[:, -1] if self.linear else self.to_params(u)[0][:, 0] / self.scale[: len(u)]
+
+    def longest_step(self) -> torch.Tensor:
+        """How far each coordinate (U,) may go at once."""
+        return self.scale.new_full((self.size,), torch.inf)
 
     def misfit_fraction(self, params: torch.Tensor) -> np.ndarray | None:
         """How far the light may be off, as a fraction, (n, ny, nx); None: not at all."""
@@ -365,6 +371,12 @@ class _Learned(_Sources):
         core, amplitude = (u[:, :-1], u[:, -1]) if self.linear else (u, None)
         return to_params(self.problem, core, amplitude, self.scale)
 
+    def longest_step(self) -> torch.Tensor:
+        longest = super().longest_step()
+        core = longest_step(self.problem)
+        longest[: len(core)] = core
+        return longest
+
     def misfit_fraction(self, params: torch.Tensor) -> np.ndarray:
         from galmorph.rendering.learned_model import misfit_fraction
 
@@ -468,6 +480,10 @@ class _SceneProblem:
 
     def project(self, u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return self.join([part.project(self.split(u, part)) for part in self.parts])
+
+    def longest_step(self) -> torch.Tensor:
+        """How far each coordinate (U,) may go at once."""
+        return self.join([p.longest_step().expand(len(p.slots), -1) for p in self.parts])[0]
 
     def units(self, u: torch.Tensor) -> torch.Tensor:
         """Images (B, K, npix) of all sources with a flux of one (of the profile, if learned)."""
@@ -674,6 +690,8 @@ class _Fit:
             tolerance=max(tolerance, 5e-2 if learned else 1e-3),
             relative_tolerance=1e-6 if self.dtype == torch.float32 else 1e-10,
             window=max(1, min(setup.window, self._window(problem))),
+            longest=problem.longest_step(),
+            stiffen=learned,
             rows=rows,
         )
 
