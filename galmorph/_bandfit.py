@@ -328,6 +328,7 @@ def _joint_fits(problem: _BandsProblem, result, free, held, misfit: bool) -> Ban
             u=u,
             linear=torch.cat([torch.ones_like(u[:, :1]), level], 1),
             chi2=_chi2(fit, own, u, level),
+            cost=result.cost,
             n_iter=result.n_iter,
             converged=result.converged,
             at_bound=result.at_bound[:, at[: own.size]],

@@ -99,7 +99,8 @@ class SceneFits:
     background : array, shape (B, nb)
     images, misfit : array, shape (B, K, ny, nx)
         Of each source, and how far a learned one may be off.
-    chi2, n_iter, converged, bad_covariance : array, shape (B,)
+    chi2, cost, n_iter, converged, bad_covariance : array, shape (B,)
+        The cost is chi2 and what priors add.
     at_bound : array of bool, shape (B, K)
     n_free : int
     """
@@ -111,6 +112,7 @@ class SceneFits:
     images: np.ndarray
     misfit: np.ndarray
     chi2: np.ndarray
+    cost: np.ndarray
     n_iter: np.ndarray
     converged: np.ndarray
     bad_covariance: np.ndarray
@@ -309,8 +311,9 @@ class _Learned(_Sources):
         if sized:  # the radius, as of profiles
             upper[:, 2] = torch.maximum(upper[:, 2].clamp_max(np.log(max(self.shape))), lower[:, 2])
         held = upper[:, :2] <= lower[:, :2]
-        lower[:, :2] = torch.where(held, lower[:, :2], position - shift[:, None])
-        upper[:, :2] = torch.where(held, upper[:, :2], position + shift[:, None])
+        near, far = position - shift[:, None], position + shift[:, None]
+        lower[:, :2] = torch.where(held, lower[:, :2], torch.maximum(lower[:, :2], near))
+        upper[:, :2] = torch.where(held, upper[:, :2], torch.minimum(upper[:, :2], far))
         free = u.new_full((len(u), int(self.linear)), torch.inf)
         least = torch.full_like(free, 0.0 if sized else -torch.inf)
         return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
@@ -511,7 +514,7 @@ class _Fit:
         self.psfs = [] if psf is None else [psf] if isinstance(psf, PSF) else list(psf)
         width = float(np.median([p.sigma for p in self.psfs])) if self.psfs else 0.5
         self.psf_sigma, self._windows = width, None
-        self.shift = (3 * self.spread).clamp_max(max(4.0, 2 * width))
+        self.shift = (3 * self.spread).clamp_max(centre_reach(width))
         self.shift = (
             self.shift
             if setup.max_shift is None
@@ -701,6 +704,11 @@ class _Fit:
                 shift = self.shift[:, part.slots].flatten().clamp_min(1.0)
                 wide |= part.widen(params, psfs, shift).unflatten(0, (-1, len(part.slots))).any(1)
         return torch.nonzero(wide & torch.isfinite(u).all(1))[:, 0]
+
+
+def centre_reach(psf_sigma: float) -> float:
+    """How far a centre may go from where it was given, in pixels, however little is known of it."""
+    return max(4.0, 2 * psf_sigma)
 
 
 def _alike(setups: Sequence[BatchSetup]) -> list[list[int]]:
@@ -941,6 +949,7 @@ def in_data_units(
         images=images,
         misfit=off,
         chi2=result.chi2.cpu().numpy(),
+        cost=result.cost.cpu().numpy(),
         n_iter=(result.n_iter + n_iter).cpu().numpy(),
         converged=result.converged.cpu().numpy(),
         bad_covariance=bad.cpu().numpy(),
