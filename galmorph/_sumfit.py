@@ -36,6 +36,8 @@ __all__ = ["Sum", "SumFit", "each_once", "fit_sum", "sum_of"]
 _LARGEST = 2**27
 # how often a fit goes on from where a centre came to the end of its way
 _MOVES = 5
+# by how much -2 ln(posterior) is lower where a start is clearly better than another
+_CLEAR = 1.0
 
 
 @dataclass
@@ -258,8 +260,7 @@ def fit_sum(
     Fluxes of sources that have a size do not go below zero, as in `galmorph.deblend`.
     """
     priors = priors_of(total, fitter.priors or {})
-    centred = any({"x_0", "y_0"} & own.keys() for own in priors or ())
-    if priors is None or total.numbers(data.size) > _LARGEST or (centred and origin.any()):
+    if priors is None or total.numbers(data.size) > _LARGEST:
         return None
     for term in total.held:
         y, x = np.mgrid[: data.shape[0], : data.shape[1]]
@@ -302,7 +303,7 @@ def _setups(fitter, total: Sum, priors, origin, maxiter: int) -> list[BatchSetup
 
 
 def _fit(setups, data, inv_sigma, psf, start: list[np.ndarray], may_go_on: bool) -> SceneFits:
-    """The scene, fitted from ``start``; learned galaxies from Sérsic profiles, too."""
+    """The scene, fitted from ``start``; learned galaxies from a scene of Sérsic profiles, too."""
     batch = SceneBatch(
         data=data[None],
         inv_sigma=inv_sigma[None],
@@ -310,12 +311,14 @@ def _fit(setups, data, inv_sigma, psf, start: list[np.ndarray], may_go_on: bool)
         position=np.stack([own[:, 1:3] for own in start], 1),
         spread=np.full((1, len(start)), np.inf),
     )
-    fits = _from(setups, batch, start, may_go_on)
-    if any(_is_bent(setup) for setup in setups):
-        other = fit_scenes(setups, batch)
-        if not fits.cost[0] <= other.cost[0]:
-            return other
-    return fits
+    if not any(_is_bent(setup) for setup in setups):
+        return _from(setups, batch, start, may_go_on)
+    usual = fit_scenes(setups, batch)
+    # fits that are as good may have other latents: that which `deblend` finds is preferred
+    other = _from(setups, batch, start, may_go_on, tolerance=_CLEAR)
+    if other.cost[0] < usual.cost[0]:
+        other = _from(setups, batch, other.params, may_go_on)
+    return other if other.cost[0] < usual.cost[0] - _CLEAR else usual
 
 
 def _is_bent(setup: BatchSetup) -> bool:
@@ -323,11 +326,18 @@ def _is_bent(setup: BatchSetup) -> bool:
     return isinstance(setup.model, LearnedGalaxy2D) and any(setup.free[5:])
 
 
-def _from(setups, batch: SceneBatch, start: Sequence[np.ndarray], may_go_on: bool) -> SceneFits:
+def _from(
+    setups,
+    batch: SceneBatch,
+    start: Sequence[np.ndarray],
+    may_go_on: bool,
+    *,
+    tolerance: float = 0.0,
+) -> SceneFits:
     """A fit from ``start``; a centre that goes far is followed unless that was not allowed."""
     n_iter = 0
     for _ in range(_MOVES):
-        fits = fit_scenes(setups, batch, start=start)
+        fits = fit_scenes(setups, batch, start=start, tolerance=tolerance)
         n_iter = n_iter + fits.n_iter
         centre = np.stack([own[:, 1:3] for own in fits.params], 1)
         # free centres may go this far at least
