@@ -37,7 +37,7 @@ from galmorph._learnedfit import (
     to_params,
 )
 from galmorph._posterior import _invert, wrap_axis
-from galmorph._structure import structure_covariance
+from galmorph._structure import flux_places, structure_covariance
 from galmorph.inference.least_squares import Linearisation, levenberg_marquardt
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.models.sersic import SersicGalaxy2D
@@ -879,7 +879,11 @@ def _summarise(fit, problem, result, bounds, n_iter, misfit, structure) -> Scene
     for k, where in enumerate(problem.where):
         free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
-    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, structure)
+    extra = None
+    if structure:
+        _, jacobian = params_and_slopes(fit, problem, result.u)
+        extra = structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, extra)
 
 
 def inverse_of_free(hessian: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -919,9 +923,13 @@ def params_and_slopes(fit, problem, u: torch.Tensor) -> tuple[list[torch.Tensor]
 
 
 def in_data_units(
-    fit, problem, result, free, inverse, bad, n_iter, misfit, structure: float = 0.0
+    fit, problem, result, free, inverse, bad, n_iter, misfit, extra: torch.Tensor | None = None
 ) -> SceneFits:
-    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates."""
+    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates.
+
+    ``extra`` (B, D + nb, D + nb) is added to that of parameters and background, if not to the
+    noise of fluxes.
+    """
     params, jacobian = params_and_slopes(fit, problem, result.u)
     images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
     images = images.unflatten(2, fit.shape).cpu().numpy()
@@ -933,11 +941,10 @@ def in_data_units(
             fraction = fraction.reshape(-1, len(part.slots), *fit.shape)
             off[:, part.slots] = np.abs(images[:, part.slots]) * fraction
     cov = jacobian @ inverse @ jacobian.transpose(1, 2)
-    firsts = np.cumsum([0, *(p.shape[1] for p in params[:-1])])
-    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, firsts].clamp_min(0).sqrt()
+    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, flux_places(fit.setups)].clamp_min(0).sqrt()
     flux_noise[bad] = torch.nan
-    if structure:
-        cov = cov + structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    if extra is not None:
+        cov = cov + extra
     cov = _angles_capped(cov, fit.setups)
     cov[bad] = torch.nan
     at_bound = result.at_bound & free
