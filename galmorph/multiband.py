@@ -249,6 +249,13 @@ def forced_photometry(
     :math:`G^{-1} X C X^T G^{-1}`, with X the products of A and the derivatives of the model
     image: the errors are then those of a fit in which the shapes are free with C for a prior.
 
+    There is no ``structure`` here.  The light that models do not have is the same in both images:
+    what it did to the shapes is in their covariance (`galmorph.deblend` allows for it), and comes
+    with ``shape_uncertainty``; what it does to a flux given the shape goes together with that, and
+    with the fluxes of all other bands, which the error of one flux cannot say.  Added to it, it
+    would make errors of colours that colours do not have.  Where fluxes themselves have to be
+    right to some per cent, `deblend_bands` knows all of this.
+
     Sizes and angles go from one grid to the other by the derivatives of both WCSs, so that pixel
     scale, rotation and parity are in them.
 
