@@ -266,10 +266,10 @@ def fit_sum(
         y, x = np.mgrid[: data.shape[0], : data.shape[1]]
         data = data - term(x + origin[0], y + origin[1])
     data = np.where(inv_sigma > 0, data, 0.0)
+    for _, galaxy in total.galaxies:  # in pixels of the image, whatever it hangs on
+        galaxy.x_0, galaxy.y_0 = galaxy.x_0.value - origin[0], galaxy.y_0.value - origin[1]
     setups = _setups(fitter, total, priors, origin, maxiter)
     start = [_values(galaxy)[None] for _, galaxy in total.galaxies]
-    for own in start:
-        own[:, 1:3] -= origin
     fits = _fit(setups, data, inv_sigma, total.psf, start, fitter.max_shift is None)
     return _summary(total, fits, origin, data.shape)
 

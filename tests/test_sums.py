@@ -204,6 +204,24 @@ def test_centres_of_learned_galaxies_have_bounds(psf, blend, only_scenes):
     assert abs(fit.x_0_0.value - 13.3) < 0.2
 
 
+def test_known_centres_where_the_image_begins_elsewhere(psf, blend, only_scenes):
+    origin = (100.0, -40.0)
+    centres = PAIR[:, 1:3] + origin
+    shape = LearnedGalaxy2D.from_pretrained().shape
+    one, two = (LearnedGalaxy2D(500, *xy, 3, 0.3, shape=shape, psf=psf) for xy in centres)
+    for galaxy in (one, two):
+        for name in ("x_0", "y_0", *galaxy.latent_names[2:]):
+            getattr(galaxy, name).fixed = True
+    fitter = MAPFitter()
+    fit = fitter(one + two, X + origin[0], Y + origin[1], blend, weights=WEIGHTS)
+    for i, xy in enumerate(centres):
+        assert [getattr(fit, f"{n}_{i}").value for n in ("x_0", "y_0")] == list(xy)
+    flux = np.array([fit.flux_0.value, fit.flux_1.value])
+    errors = [fit.stds["flux_0"], fit.stds["flux_1"]]
+    assert (np.abs(flux - PAIR[:, 0]) < 4 * np.array(errors)).all()
+    assert fitter.fit_info.cost < 0.6 * X.size
+
+
 def test_some_pixels_only(psf, blend):
     rng = np.random.default_rng(1)
     one, two = begin(psf)
