@@ -46,6 +46,22 @@ _TIGHT = 0.1
 _THIN = 0.95
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """The prior of a position, for positions that count from elsewhere."""
+
+    prior: Prior
+    shift: float
+
+    @property
+    def support(self) -> tuple[float, float]:
+        low, high = self.prior.support
+        return low - self.shift, high - self.shift
+
+    def residual(self, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.prior.residual(value + self.shift)
+
+
 @dataclass
 class BatchSetup:
     """What is the same for all stamps of a batch.
@@ -67,7 +83,7 @@ class BatchSetup:
     correlation : CorrelatedNoise or None
         What ties the noise of neighbouring pixels.
     origin : tuple of float
-        (x, y) of the first pixel in the coordinates of the bounds of the model.
+        (x, y) of the first pixel in the coordinates of the bounds of the model and of priors.
     """
 
     model: GalaxyModel
@@ -111,6 +127,8 @@ class BatchSetup:
         linear = "flux" not in native
         for name, shift in zip(("x_0", "y_0"), self.origin, strict=True):
             self.bounds[name] = tuple(b if b is None else b - shift for b in self.bounds[name])
+            if shift and name in self.priors:
+                self.priors = {**self.priors, name: _Moved(self.priors[name], shift)}
         self.coordinates = Coordinates(
             ellipses=self.ellipses,
             names=self.names,

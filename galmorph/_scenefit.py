@@ -38,7 +38,7 @@ from galmorph._learnedfit import (
     to_params,
 )
 from galmorph._posterior import _invert, wrap_axis
-from galmorph._structure import structure_covariance
+from galmorph._structure import flux_places, structure_covariance
 from galmorph.inference.least_squares import Linearisation, levenberg_marquardt
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.models.sersic import SersicGalaxy2D
@@ -100,7 +100,8 @@ class SceneFits:
     background : array, shape (B, nb)
     images, misfit : array, shape (B, K, ny, nx)
         Of each source, and how far a learned one may be off.
-    chi2, n_iter, converged, bad_covariance : array, shape (B,)
+    chi2, cost, n_iter, converged, bad_covariance : array, shape (B,)
+        The cost is chi2 and what priors add.
     at_bound : array of bool, shape (B, K)
     n_free : int
     """
@@ -112,6 +113,7 @@ class SceneFits:
     images: np.ndarray
     misfit: np.ndarray
     chi2: np.ndarray
+    cost: np.ndarray
     n_iter: np.ndarray
     converged: np.ndarray
     bad_covariance: np.ndarray
@@ -315,8 +317,9 @@ class _Learned(_Sources):
         if sized:  # the radius, as of profiles
             upper[:, 2] = torch.maximum(upper[:, 2].clamp_max(np.log(max(self.shape))), lower[:, 2])
         held = upper[:, :2] <= lower[:, :2]
-        lower[:, :2] = torch.where(held, lower[:, :2], position - shift[:, None])
-        upper[:, :2] = torch.where(held, upper[:, :2], position + shift[:, None])
+        near, far = position - shift[:, None], position + shift[:, None]
+        lower[:, :2] = torch.where(held, lower[:, :2], torch.maximum(lower[:, :2], near))
+        upper[:, :2] = torch.where(held, upper[:, :2], torch.minimum(upper[:, :2], far))
         free = u.new_full((len(u), int(self.linear)), torch.inf)
         least = torch.full_like(free, 0.0 if sized else -torch.inf)
         return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
@@ -527,7 +530,7 @@ class _Fit:
         self.psfs = [] if psf is None else [psf] if isinstance(psf, PSF) else list(psf)
         width = float(np.median([p.sigma for p in self.psfs])) if self.psfs else 0.5
         self.psf_sigma, self._windows = width, None
-        self.shift = (3 * self.spread).clamp_max(max(4.0, 2 * width))
+        self.shift = (3 * self.spread).clamp_max(centre_reach(width))
         self.shift = (
             self.shift
             if setup.max_shift is None
@@ -721,6 +724,11 @@ class _Fit:
         return torch.nonzero(wide & torch.isfinite(u).all(1))[:, 0]
 
 
+def centre_reach(psf_sigma: float) -> float:
+    """How far a centre may go from where it was given, in pixels, however little is known of it."""
+    return max(4.0, 2 * psf_sigma)
+
+
 def _alike(setups: Sequence[BatchSetup]) -> list[list[int]]:
     """Slots that share their setup."""
     groups: dict[int, list[int]] = {}
@@ -889,7 +897,11 @@ def _summarise(fit, problem, result, bounds, n_iter, misfit, structure) -> Scene
     for k, where in enumerate(problem.where):
         free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
-    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, structure)
+    extra = None
+    if structure:
+        _, jacobian = params_and_slopes(fit, problem, result.u)
+        extra = structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, extra)
 
 
 def inverse_of_free(hessian: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -929,9 +941,13 @@ def params_and_slopes(fit, problem, u: torch.Tensor) -> tuple[list[torch.Tensor]
 
 
 def in_data_units(
-    fit, problem, result, free, inverse, bad, n_iter, misfit, structure: float = 0.0
+    fit, problem, result, free, inverse, bad, n_iter, misfit, extra: torch.Tensor | None = None
 ) -> SceneFits:
-    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates."""
+    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates.
+
+    ``extra`` (B, D + nb, D + nb) is added to that of parameters and background, if not to the
+    noise of fluxes.
+    """
     params, jacobian = params_and_slopes(fit, problem, result.u)
     images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
     images = images.unflatten(2, fit.shape).cpu().numpy()
@@ -943,11 +959,10 @@ def in_data_units(
             fraction = fraction.reshape(-1, len(part.slots), *fit.shape)
             off[:, part.slots] = np.abs(images[:, part.slots]) * fraction
     cov = jacobian @ inverse @ jacobian.transpose(1, 2)
-    firsts = np.cumsum([0, *(p.shape[1] for p in params[:-1])])
-    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, firsts].clamp_min(0).sqrt()
+    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, flux_places(fit.setups)].clamp_min(0).sqrt()
     flux_noise[bad] = torch.nan
-    if structure:
-        cov = cov + structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    if extra is not None:
+        cov = cov + extra
     cov = _angles_capped(cov, fit.setups)
     cov[bad] = torch.nan
     at_bound = result.at_bound & free
@@ -959,6 +974,7 @@ def in_data_units(
         images=images,
         misfit=off,
         chi2=result.chi2.cpu().numpy(),
+        cost=result.cost.cpu().numpy(),
         n_iter=(result.n_iter + n_iter).cpu().numpy(),
         converged=result.converged.cpu().numpy(),
         bad_covariance=bad.cpu().numpy(),

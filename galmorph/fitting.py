@@ -379,8 +379,9 @@ class MAPFitter(Fitter):
         Parameters
         ----------
         model : `~astropy.modeling.FittableModel`
-            A galmorph model, a model set of them, or any model of two inputs
-            (a compound of several, or with a background ...).
+            A galmorph model, a model set of them, or any model of two inputs.  A sum of
+            galmorph models, with a constant or a plane or without, on a grid of pixels is
+            fitted as a scene, as by `galmorph.deblend`.
         x, y : array-like
             Coordinates of the data.
         z : array-like
