@@ -27,6 +27,7 @@ from galmorph._scenefit import (
     in_data_units,
     inverse_of_free,
     params_and_slopes,
+    tolerance_of,
 )
 from galmorph._scenes import (
     _REWEIGHTINGS,
@@ -312,7 +313,7 @@ def _solve(problem: _BandsProblem, setup, u, lower, upper, rows=None):
         lower=lower,
         upper=upper,
         max_iter=setup.max_iter,
-        tolerance=5e-2 if learned else 1e-3,
+        tolerance=max(tolerance_of(learned), setup.tolerance),
         relative_tolerance=1e-6 if setup.dtype == torch.float32 else 1e-10,
         window=max(1, min(setup.window, _WINDOW)),
         rows=rows,

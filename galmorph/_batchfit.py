@@ -76,6 +76,8 @@ class BatchSetup:
     window : int
         How many galaxies are worked on at once.
     max_iter : int
+    tolerance : float
+        Change of chi-square that ends a fit, if it is larger than what does otherwise.
     max_shift : float or None
         How far the centre may go from the first guess, in pixels.
     start : array, shape (B, P), or None
@@ -93,6 +95,7 @@ class BatchSetup:
     dtype: torch.dtype = torch.float32
     window: int = 96
     max_iter: int = 60
+    tolerance: float = 0.0
     max_shift: float | None = None
     start: np.ndarray | None = None
     correlation: Any = None
@@ -629,7 +632,7 @@ class Solver:
             lower=lower,
             upper=upper,
             max_iter=self.setup.max_iter,
-            tolerance=tolerance,
+            tolerance=max(tolerance, self.setup.tolerance),
             relative_tolerance=1e-6 if self.setup.dtype == torch.float32 else 1e-10,
             window=self.setup.window,
             rows=rows,

@@ -53,6 +53,8 @@ _PRIOR_OFFSET = 1e3
 _WINDOW = 16
 # steps in radii, in ln r or radians, and in latents, that leave derivatives as they are
 _SMALL_STEP, _SMALL_BEND = 0.03, 0.1
+# change of chi2 that ends a fit
+_TOLERANCE = 0.05
 # the longest steps of ln r and of a latent
 _LONGEST, _LONGEST_BEND = 1.0, 2.0
 
@@ -286,7 +288,8 @@ def fit_learned_batch(
         position = setup.start[:, 1:3]
         if only_start:
             return _summarise(problem, solve(given))
-    sersic = replace(setup, model=SersicGalaxy2D(), priors={"n": INDEX_PRIOR}, start=None)
+    profile = {"model": SersicGalaxy2D(), "priors": {"n": INDEX_PRIOR}}
+    sersic = replace(setup, **profile, start=None, tolerance=0.0)
     for name in ("x_0", "y_0"):
         sersic.bounds[name] = setup.bounds[name]
     first = fit_batch(sersic, data, inv_sigma, psf, position, covariance=False)
@@ -322,7 +325,7 @@ class _Solver:
             lower=lower,
             upper=upper,
             max_iter=setup.max_iter,
-            tolerance=5e-2,
+            tolerance=max(_TOLERANCE, setup.tolerance),
             relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
             window=max(1, min(setup.window, _WINDOW)),
             longest=longest_step(problem),

@@ -167,6 +167,7 @@ def _fit_stamps(fitter, model, grid, z, weights, weighted, maxiter) -> OptimizeR
         dtype=torch.float64,
         window=fitter.batch_size,
         max_iter=maxiter,
+        tolerance=fitter.tolerance,
         start=start,
         origin=(float(origin[0]), float(origin[1])),
     )
@@ -385,6 +386,7 @@ def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeR
         lower=lower,
         upper=upper,
         max_iter=maxiter,
+        tolerance=max(1e-3, fitter.tolerance),
         relative_tolerance=1e-10,
     )
     free = found.u[0].numpy().copy()

@@ -690,7 +690,7 @@ class _Fit:
             lower=bounds[0],
             upper=bounds[1],
             max_iter=setup.max_iter,
-            tolerance=max(tolerance, 5e-2 if learned else 1e-3),
+            tolerance=max(tolerance, tolerance_of(learned)),
             relative_tolerance=1e-6 if self.dtype == torch.float32 else 1e-10,
             window=max(1, min(setup.window, self._window(problem))),
             longest=problem.longest_step(),
@@ -727,6 +727,11 @@ class _Fit:
 def centre_reach(psf_sigma: float) -> float:
     """How far a centre may go from where it was given, in pixels, however little is known of it."""
     return max(4.0, 2 * psf_sigma)
+
+
+def tolerance_of(learned: bool) -> float:
+    """Change of chi2 that ends a fit of many parameters: a small part of their errors."""
+    return 0.2 if learned else 1e-3
 
 
 def _alike(setups: Sequence[BatchSetup]) -> list[list[int]]:
@@ -863,6 +868,7 @@ def fit_scenes(
     """
     fit = _Fit(setups, batch)
     learned = any(isinstance(s.model, LearnedGalaxy2D) for s in setups)
+    tolerance = max(tolerance, setups[0].tolerance)
     n_iter = 0
     if start is None:
         parametric = _without_learned(setups)

@@ -295,6 +295,7 @@ def _setups(fitter, total: Sum, priors, origin, maxiter: int) -> list[BatchSetup
                 dtype=torch.float64,
                 window=fitter.batch_size,
                 max_iter=maxiter,
+                tolerance=fitter.tolerance,
                 max_shift=fitter.max_shift,
                 origin=(float(origin[0]), float(origin[1])),
             )
