@@ -596,7 +596,7 @@ def test_tolerance_ends_learned_scenes_early(psf, tolerance):
     count = 24
     params = model.sample(2 * count, rng).reshape(count, 2, -1)
     params[..., 0] = rng.uniform(400, 900, (count, 2))
-    params[..., 1:3] = [[20, 20], [27, 22]] + rng.uniform(-0.5, 0.5, (count, 2, 2))
+    params[..., 1:3] = np.array([[20, 20], [27, 22]]) + rng.uniform(-0.5, 0.5, (count, 2, 2))
     params[..., 3] = rng.uniform(2.5, 3.5, (count, 2))
     params[..., 4] = rng.uniform(-np.pi, np.pi, (count, 2))
     shape = (43, 47)
