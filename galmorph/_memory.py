@@ -20,6 +20,7 @@ _FIELDS = (
     "images",
     "misfit",
     "chi2",
+    "cost",
     "n_iter",
     "converged",
     "bad_covariance",

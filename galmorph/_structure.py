@@ -38,7 +38,7 @@ PATCHES = (len(RINGS) + 1) * SECTORS
 # Relative rms of a patch of each ring for galaxies that are much larger than the PSF: what fits to
 # bright galaxies of KiDS leave, and how much of it they hide by taking it up, told by fluxes of
 # blends of such galaxies (benchmarks/structure.py).
-_HIDDEN, _HIDDEN_BY_LATENTS = 2.0, 3.0
+_HIDDEN, _HIDDEN_BY_LATENTS = 2.6, 3.0
 _PROFILE = tuple(_HIDDEN * rms for rms in (0.10, 0.10, 0.14, 0.20, 0.38, 1.0))
 _TWO_PROFILES = tuple(_HIDDEN * rms for rms in (0.10, 0.08, 0.10, 0.12, 0.18, 0.6))
 _LEARNED = tuple(_HIDDEN_BY_LATENTS * rms for rms in (0.06, 0.04, 0.08, 0.08, 0.12, 0.9))
