@@ -383,13 +383,11 @@ class _Structure:
     """
 
     def __init__(self, problem: _BandsProblem, u: torch.Tensor, inverse, amount: float) -> None:
-        layout, every = problem.layout, torch.arange(len(u), device=u.device)
+        layout = problem.layout
         self.amount, self.bands, pull = amount, [], 0.0
         for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
             at = layout.index[b]
-            parts = [
-                patches_in(fit, own, layout.band(u, b)[0], rows) for rows in every.split(_WINDOW)
-            ]
+            parts = [part for _, part in patches_in(fit, own, layout.band(u, b)[0])]
             patches = Patches(
                 *(torch.cat([getattr(p, n) for p in parts]) for n in ("pull", "own", "beyond"))
             )

@@ -8,7 +8,7 @@ to the covariance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -140,8 +140,8 @@ class Patches:
         return error
 
 
-def patches_in(fit: Any, problem: Any, u: torch.Tensor, rows: torch.Tensor) -> Patches:
-    """The patches of some scenes.
+def patches_in(fit: Any, problem: Any, u: torch.Tensor) -> Iterator[tuple[torch.Tensor, Patches]]:
+    """The patches of all scenes, some at a time.
 
     Parameters
     ----------
@@ -149,18 +149,25 @@ def patches_in(fit: Any, problem: Any, u: torch.Tensor, rows: torch.Tensor) -> P
         Of `galmorph._scenefit`.
     u : Tensor, shape (B, U)
         Coordinates of the fits.
-    rows : Tensor of int, shape (b,)
 
-    Returns
-    -------
-    Patches
+    Yields
+    ------
+    rows : Tensor of int, shape (b,)
+        Which scenes.
+    patches : Patches
     """
+    light, params = fit.light(problem, u), fit.params_of(problem, u)
+    for rows in torch.arange(len(u), device=u.device).split(_WINDOW):
+        yield rows, _patches_of_scenes(fit, problem, u, rows, light[rows], params)
+
+
+def _patches_of_scenes(fit, problem, u, rows, images, params) -> Patches:
+    """Those of scenes ``rows``, with images (b, K, npix), of the parameters of all."""
     rms = torch.tensor([relative_rms(s.model) for s in fit.setups], dtype=u.dtype, device=u.device)
-    params = fit.params_of(problem, u)
     scale = fit.scale[rows, None]
     flux = torch.stack([p[rows, 0] for p in params], 1) / scale
     centre = torch.stack([p[rows, 1:3] for p in params], 1)
-    images, count = fit.light(problem, u)[rows], (len(rows), problem.sources)
+    count = (len(rows), problem.sources)
     patch, resolved = patches_of(
         images.flatten(0, 1), flux.flatten(), centre.flatten(0, 1),
         fit.psf_sigma if fit.psfs else 0.0, fit.shape[1],
@@ -196,8 +203,7 @@ def structure_covariance(
     """
     extra = jacobian.new_zeros((len(u), jacobian.shape[1], jacobian.shape[1]))
     fluxes = flux_places(fit.setups)
-    for rows in torch.arange(len(u), device=u.device).split(_WINDOW):
-        patches = patches_in(fit, problem, u, rows)
+    for rows, patches in patches_in(fit, problem, u):
         error = patches.errors(jacobian[rows] @ inverse[rows] @ patches.pull, fluxes)
         unseen = patches.unseen(error.shape[1], fluxes)
         extra[rows] = error @ error.transpose(1, 2) + unseen @ unseen.transpose(1, 2)
