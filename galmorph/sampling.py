@@ -353,8 +353,8 @@ class ImportanceFitter(_PosteriorFitter):
             start.part(bad),
             chains=4,
             draws=500,
-            # with many coordinates a block takes minutes, and what it lacks is flagged
-            blocks=5 if start.target.size <= _ADAPTABLE else 1,
+            # with many coordinates a block is long, and what it lacks is flagged
+            blocks=5 if start.target.size <= _ADAPTABLE else 2,
             rhat=1.01,
             ess=400.0,
             keep=self.n_samples,
