@@ -614,6 +614,8 @@ class _Walkers:
 
     def advance(self, turn: int, *, adapt: bool) -> None:
         """Follow the stand-ins, and let the density decide."""
+        if not len(self.rows):
+            return
         if turn % _NEAR == 0:
             self._stroll()
             return
