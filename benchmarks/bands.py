@@ -270,12 +270,14 @@ def simulated(report: Report, count: int, seed: int, learned: int) -> None:
             "Sérsic, forced": (sample, forced(sersic, stars, False)),
             "Sérsic, forced, shapes": (sample, forced(sersic, stars, True)),
             "Sérsic, joint": (sample, joint(sersic, stars)),
+            "Sérsic, joint, true": (sample, joint(sersic, stars, structure=0)),
         }
         if kind == "bulge+disk":
             ways["bulge+disk, band by band"] = (sample, one_by_one(both, stars))
             ways["bulge+disk, joint, colours"] = (sample, joint(both, stars, component_colors=True))
         ways["learned, band by band"] = (few, one_by_one(network, stars))
         ways["learned, joint"] = (few, joint(network, stars))
+        ways["learned, joint, true"] = (few, joint(network, stars, structure=0))
         for name, (own, fit) in ways.items():
             found = fit_all(own, fit, np.random.default_rng([seed, 7]))
             table(report, name, own, found)

@@ -18,6 +18,9 @@ distance of 0.5 to 2.5 times the mean of both half-light radii.  Total fluxes ar
 Metrics as BlendingToolKit defines them: dF, relative error of the flux; SSIM with a range of
 the truth's peak; cosine of model and truth; blendedness of the truth, 1 - <s, s> / <s, t>;
 residual of the KSB ellipticity (GalSim's, of the images of model and truth).
+
+For comparison two Sérsic profiles are fitted together with scipy's least_squares, without priors,
+as one would without this package (but drawn by it, as exactly as they are here).
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ import galsim  # noqa: E402
 import numpy as np  # noqa: E402
 from learned_bias import gaussian, hst  # noqa: E402
 from scipy.ndimage import convolve1d  # noqa: E402
+from scipy.optimize import least_squares  # noqa: E402
 from scipy.signal import fftconvolve  # noqa: E402
 from skimage.metrics import structural_similarity  # noqa: E402
 
@@ -159,18 +163,57 @@ def observed(folder: Path, count: int, rng) -> tuple[Blends, np.ndarray]:
     return Blends(truth, flux[rows], centre, sigma, [wider[i] for i in first]), units
 
 
-def measure(blends: Blends, model, fitter, rng, **options) -> dict[str, np.ndarray]:
-    """Fit all blends, one call, and compare with the truth."""
+def observations(blends: Blends, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Images with noise, and centres as they are known."""
     clean = blends.truth.sum(1)
     noise = blends.sigma[:, None, None] * rng.standard_normal(clean.shape)
-    sources = blends.centre + rng.normal(0, 0.2, blends.centre.shape)
+    return clean + noise, blends.centre + rng.normal(0, 0.2, blends.centre.shape)
+
+
+def scipy_sersics(blends: Blends, rng) -> dict[str, np.ndarray]:
+    """Two Sérsic profiles by scipy's least_squares, and what came out against the truth."""
+    data, sources = observations(blends, rng)
+    flux, err = np.full((2, len(blends), 2), np.nan)
+    images = np.zeros_like(blends.truth)
+    model, started = SersicGalaxy2D(), time.process_time()
+    low, high = ([0, -1, -1, np.log(0.2), np.log(0.3), 0, -np.inf],
+                 [np.inf, 1, 1, np.log(40), np.log(8), 0.95, np.inf])  # fmt: skip
+    for i in range(len(blends)):
+        unit = data[i].sum() / 2
+
+        def drawn(u, i=i, unit=unit):
+            p = u.reshape(2, 7).copy()
+            p[:, 0] *= unit
+            p[:, 1:3] += sources[i]
+            p[:, 3:5] = np.exp(p[:, 3:5])
+            return model.render((SIZE, SIZE), params=p, psf=blends.psfs[i], dtype="float64")
+
+        start = np.tile([max(unit / abs(unit), 0.01), 0, 0, np.log(4), 0, 0.2, 0.0], 2)
+        found = least_squares(
+            lambda u, i=i, drawn=drawn: ((data[i] - drawn(u).sum(0)) / blends.sigma[i]).ravel(),
+            start,
+            bounds=(low * 2, high * 2),
+            x_scale="jac",
+            max_nfev=60,
+        )
+        flux[i] = found.x[[0, 7]] * unit
+        cov = np.linalg.pinv(found.jac.T @ found.jac)
+        err[i] = np.sqrt(np.diag(cov)[[0, 7]]) * abs(unit)
+        images[i] = drawn(found.x)
+    seconds = (time.process_time() - started) / len(blends)
+    return compared(blends, flux, err, images, seconds, np.zeros(len(blends), dtype=bool))
+
+
+def measure(blends: Blends, model, fitter, rng, **options) -> dict[str, np.ndarray]:
+    """Fit all blends, one call, and compare with the truth."""
+    data, sources = observations(blends, rng)
     started = time.process_time()
     results = deblend(
-        clean + noise,
+        data,
         list(sources),
         model=model,
         fitter=fitter,
-        uncertainty=np.broadcast_to(blends.sigma[:, None, None], clean.shape),
+        uncertainty=np.broadcast_to(blends.sigma[:, None, None], data.shape),
         psf=blends.psfs if len({id(p) for p in blends.psfs}) > 1 else blends.psfs[0],
         position_prior=0.5,
         **options,
@@ -179,9 +222,15 @@ def measure(blends: Blends, model, fitter, rng, **options) -> dict[str, np.ndarr
     images = np.array([r.model_images for r in results])
     flux = np.array([r.flux for r in results])
     err = np.array([r.flux_err for r in results])
+    failed = np.array([r.failed.any() for r in results])
+    return compared(blends, flux, err, images, seconds, failed)
+
+
+def compared(blends: Blends, flux, err, images, seconds: float, failed) -> dict[str, np.ndarray]:
+    """What was found against the truth."""
     return {
         "seconds": np.array(seconds),
-        "failed": np.array([r.failed.any() for r in results]),
+        "failed": failed,
         "dF": flux / blends.flux - 1,
         "pull": (flux - blends.flux) / err,
         **image_metrics(blends, images),
@@ -228,6 +277,7 @@ def table(report: Report, name: str, blends: Blends, units, found: dict) -> None
         f"{np.nanmedian(found['corr']):7.4f} {np.nanmedian(found['shape']):7.3f} "
         f"{int(found['failed'].sum()):4d} {1e3 * float(found['seconds']):8.0f}"
     )
+    few = found["blend"] <= 0.1
     parts = [("all", units > 0)] + [
         (f"{a} to {b} radii", (units >= a) & (units < b))
         for a, b in ((0.5, 1), (1, 1.5), (1.5, 2.5))
@@ -236,7 +286,10 @@ def table(report: Report, name: str, blends: Blends, units, found: dict) -> None
         f"{label} {np.mean(np.abs(found['pull'][rows]) < 1):.0%}" for label, rows in parts
     )
     bias = np.nanmedian(found["dF"])
-    report(f"      median dF {bias:+.3f}; 68 % intervals of fluxes hold: {holds}")
+    report(
+        f"      median dF {bias:+.3f}; blendedness below 0.1: {few.mean():.0%}; "
+        f"68 % intervals of fluxes hold: {holds}"
+    )
 
 
 def main() -> None:
@@ -256,6 +309,7 @@ def main() -> None:
         "learned": (learned, MAPFitter(), {}),
         "  taken for true ": (learned, MAPFitter(), {"structure": 0}),
         "  misfit in the noise": (learned, MAPFitter(noise=LearnedNoise()), {}),
+        "  tolerance=inf": (learned, MAPFitter(tolerance=np.inf), {}),
     }
     sets = {"bulge+disk": bulge_disk}
     if args.data is not None:
@@ -267,6 +321,8 @@ def main() -> None:
             "  model                     med|dF|  half68   faint   b>0.1    SSIM    corr"
             "     KSB fail ms/blend"
         )
+        found = scipy_sersics(blends, np.random.default_rng([args.seed, 7]))
+        table(report, "Sérsic, scipy", blends, units, found)
         for label, (model, fitter, options) in fits.items():
             rng = np.random.default_rng([args.seed, 7])
             found = measure(blends, model, fitter, rng, **options)

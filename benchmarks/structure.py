@@ -203,25 +203,28 @@ def covered(say: Report, stamps: list, psf: PSF, count: int, seed: int) -> None:
             kept, flux[good], radius[good], psf, count, rng
         )
         given = centre + rng.normal(0, 0.2, centre.shape)
-        for structure in (0.0, 0.5, 1.0, 1.5):
-            results = deblend(
-                image,
-                list(given),
-                model=model,
-                uncertainty=np.broadcast_to(noise[:, None, None], image.shape),
-                psf=psf,
-                position_prior=0.5,
-                structure=structure,
-            )
-            pull = np.array(
-                [(r.flux - t) / r.flux_err for r, t in zip(results, truth, strict=True)]
-            )
+        results = deblend(
+            image,
+            list(given),
+            model=model,
+            uncertainty=np.broadcast_to(noise[:, None, None], image.shape),
+            psf=psf,
+            position_prior=0.5,
+        )
+        found, own, whole = (
+            np.array([getattr(r, n) for r in results]) for n in ("flux", "snr", "flux_err")
+        )
+        own = (
+            found / own
+        )  # of noise alone; the rest of the variance goes with the structure squared
+        for structure in (0.0, 0.5, 1.0, 1.25, 1.5, 2.0):
+            pull = (found - truth) / np.sqrt(own**2 + structure**2 * (whole**2 - own**2))
             parts = [distance > 0] + [
                 (distance >= a) & (distance < b) for a, b in ((0.5, 1), (1, 1.5), (1.5, 2.5))
             ]
             holds = "  ".join(f"{np.mean(np.abs(pull[p]) < 1):7.0%} " for p in parts)
             say(
-                f"    {name:13s} {structure:7.1f}   {holds}         "
+                f"    {name:13s} {structure:7.2f}   {holds}         "
                 f"{np.mean(np.abs(pull) < 1.96):10.0%}"
             )
 

@@ -27,6 +27,7 @@ from galmorph._scenefit import (
     in_data_units,
     inverse_of_free,
     params_and_slopes,
+    tolerance_of,
 )
 from galmorph._scenes import (
     _REWEIGHTINGS,
@@ -48,6 +49,7 @@ from galmorph._scenes import (
     is_one,
     solve_scenes,
 )
+from galmorph._structure import Patches, flux_places, patches_in
 from galmorph.flags import FitFlag
 from galmorph.inference.least_squares import Linearisation, _project, levenberg_marquardt
 
@@ -228,6 +230,7 @@ def fit_bands(
     reference: int = 0,
     colors: bool = False,
     misfit: bool = False,
+    structure: float = 0.0,
 ) -> BandFits:
     """Fit all sources of every scene of a batch in all bands together.
 
@@ -245,6 +248,8 @@ def fit_bands(
         Whether bulges and disks have colours of their own.
     misfit : bool, optional
         Whether the misfit of learned sources is wanted.
+    structure : float, optional
+        How much light that no model has the covariance allows for, as for `fit_scenes`.
 
     Returns
     -------
@@ -277,7 +282,7 @@ def fit_bands(
         rows = torch.tensor(sorted(wide), device=u.device)
         again = _solve(problem, setups[0], result.u, lower, upper, rows)
         _take_better(result, again, rows, -torch.inf)
-    return _joint_fits(problem, result, upper > lower, held, misfit)
+    return _joint_fits(problem, result, upper > lower, held, misfit, structure)
 
 
 def _says_nothing(problem, u: torch.Tensor) -> torch.Tensor:
@@ -308,18 +313,21 @@ def _solve(problem: _BandsProblem, setup, u, lower, upper, rows=None):
         lower=lower,
         upper=upper,
         max_iter=setup.max_iter,
-        tolerance=5e-2 if learned else 1e-3,
+        tolerance=max(tolerance_of(learned), setup.tolerance),
         relative_tolerance=1e-6 if setup.dtype == torch.float32 else 1e-10,
         window=max(1, min(setup.window, _WINDOW)),
         rows=rows,
     )
 
 
-def _joint_fits(problem: _BandsProblem, result, free, held, misfit: bool) -> BandFits:
+def _joint_fits(
+    problem: _BandsProblem, result, free, held, misfit: bool, structure: float
+) -> BandFits:
     """Parameters, covariances and images in the units of the data."""
     layout, setups = problem.layout, problem.fits[0].setups
     free = free & torch.isfinite(result.u)
     inverse, bad = inverse_of_free(result.hessian, free)
+    changed = _Structure(problem, result.u, inverse, structure) if structure else None
     bands, values, slopes = [], [], []
     for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
         u, level = layout.band(result.u, b)
@@ -328,32 +336,79 @@ def _joint_fits(problem: _BandsProblem, result, free, held, misfit: bool) -> Ban
             u=u,
             linear=torch.cat([torch.ones_like(u[:, :1]), level], 1),
             chi2=_chi2(fit, own, u, level),
+            cost=result.cost,
             n_iter=result.n_iter,
             converged=result.converged,
             at_bound=result.at_bound[:, at[: own.size]],
         )
         cov = inverse[:, at[:, None], at]
-        bands.append(in_data_units(fit, own, state, free[:, at[: own.size]], cov, bad, 0, misfit))
         params, jacobian = params_and_slopes(fit, own, u)
+        extra = None
+        if changed:
+            extra = changed.covariance(jacobian, at, {b: flux_places(setups)})
+        own_free = free[:, at[: own.size]]
+        bands.append(in_data_units(fit, own, state, own_free, cov, bad, 0, misfit, extra))
         wide = jacobian.new_zeros((*jacobian.shape[:2], layout.size))
         wide[:, :, at] = jacobian
         values.append(params)
         slopes.append(wide)
     joint, chain, angles, first = [], [], [], 0
+    fluxes: dict[int, list[int]] = {b: [] for b in range(len(bands))}
     for k, setup in enumerate(setups):
         alone = layout.names[k]
         picks = [(b, n) for n in alone for b in range(len(bands))]
         picks += [(problem.reference, n) for n in setup.names if n not in alone]
         where = [(b, setup.names.index(n)) for b, n in picks]
+        for b, places in fluxes.items():
+            places.append(len(chain) + picks.index((b, "flux")))
         joint.append(torch.stack([values[b][k][:, i] for b, i in where], 1).cpu().numpy())
         chain += [slopes[b][:, first + i] for b, i in where]
         angles += [n.startswith("theta") for _, n in picks]
         first += len(setup.names)
     chain = torch.stack(chain, 1)
     cov = chain @ inverse @ chain.transpose(1, 2)
+    if changed:
+        cov = cov + changed.covariance(chain, slice(None), fluxes)
     cov = _capped(cov, torch.tensor(angles, device=cov.device))
     cov[bad] = torch.nan
     return BandFits(bands, joint, cov.cpu().numpy(), held.cpu().numpy())
+
+
+class _Structure:
+    """What light that models do not have does to a joint fit.
+
+    It is the same light in all bands, arms as well as tails: a patch of a source is brighter by the
+    same fraction in each, but for what the PSF of the band smears.  So errors of the fluxes of a
+    source go together, and cancel in part in colours.
+    """
+
+    def __init__(self, problem: _BandsProblem, u: torch.Tensor, inverse, amount: float) -> None:
+        layout, every = problem.layout, torch.arange(len(u), device=u.device)
+        self.amount, self.bands, pull = amount, [], 0.0
+        for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
+            at = layout.index[b]
+            parts = [
+                patches_in(fit, own, layout.band(u, b)[0], rows) for rows in every.split(_WINDOW)
+            ]
+            patches = Patches(
+                *(torch.cat([getattr(p, n) for p in parts]) for n in ("pull", "own", "beyond"))
+            )
+            joint = u.new_zeros((len(u), layout.size, patches.pull.shape[2]))
+            joint[:, at] = patches.pull
+            pull = pull + joint
+            self.bands.append(patches)
+        self.moved = inverse @ pull  # coordinates, by patches of all bands
+
+    def covariance(
+        self, jacobian: torch.Tensor, at: Any, fluxes: dict[int, list[int]]
+    ) -> torch.Tensor:
+        """Of parameters with a Jacobian by coordinates ``at``; fluxes of bands are at places."""
+        error, unseen = jacobian @ self.moved[:, at], 0.0
+        for b, places in fluxes.items():
+            error = self.bands[b].errors(error, places)
+            unseen = unseen + self.bands[b].unseen(error.shape[1], places)
+        total = error @ error.transpose(1, 2) + unseen @ unseen.transpose(1, 2)
+        return self.amount**2 * total
 
 
 def _chi2(fit, problem, u: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -404,13 +459,16 @@ def solve_bands(
     fitter: Any,
     background: str,
     max_group: int,
-    colors: bool,
     report: Callable[[int], None],
+    *,
+    colors: bool,
+    structure: float,
 ) -> list[JointGroup]:
     """Fit all sources in all bands; results are put in the sources and groups of the scenes.
 
     Groups and first shapes are those of a fit of the reference band.
     """
+    options = {"reference": reference, "colors": colors, "structure": structure}
     first = _start_scene(scenes, reference)
     work = Work(fitter, background)
     solve_scenes([first], work, max_group, report)
@@ -439,7 +497,7 @@ def solve_bands(
             totals = [_light(scene) for scene in scenes] if several else None
             todo = _tasks(scenes, now, totals, seen)
             for own in _batches(todo, work):
-                _fit_some(own, work, reference, colors)
+                _fit_some(own, work, options)
                 if turn == 0:
                     report(sum(len(group.members) for group, _ in own))
             done += len(todo)
@@ -556,14 +614,14 @@ def _batches(todo, work: Work) -> list[list[tuple[JointGroup, list[_Task]]]]:
     return result
 
 
-def _fit_some(todo, work: Work, reference: int, colors: bool) -> None:
+def _fit_some(todo, work: Work, options: dict[str, Any]) -> None:
     """Fit groups that are alike; where one makes the fit fail, the others are done without."""
     try:
-        _fit(todo, work, reference, colors)
+        _fit(todo, work, options)
     except Exception as error:
         if len(todo) > 1:
             for one in todo:
-                _fit_some([one], work, reference, colors)
+                _fit_some([one], work, options)
             return
         group, tasks = todo[0]
         for task in tasks:
@@ -572,7 +630,7 @@ def _fit_some(todo, work: Work, reference: int, colors: bool) -> None:
                 task.scene.errors[str(task.scene.ids[k])] = f"{type(error).__name__}: {error}"
 
 
-def _fit(todo, work: Work, reference: int, colors: bool) -> None:
+def _fit(todo, work: Work, options: dict[str, Any]) -> None:
     batches, start = [], []
     for b in range(len(todo[0][1])):
         tasks = [own[b] for _, own in todo]
@@ -590,7 +648,7 @@ def _fit(todo, work: Work, reference: int, colors: bool) -> None:
         )
         start.append([np.stack(p) for p in zip(*(t.start for t in tasks), strict=True)])
     own = [work.setup_of(scene, k) for k in members[0]]
-    fits = _with_noise(own, batches, start, work.fitter.noise, reference, colors)
+    fits = _with_noise(own, batches, start, work.fitter.noise, options)
     for i, (group, tasks) in enumerate(todo):
         for b, task in enumerate(tasks):
             _keep(task, fits.bands[b], i)
@@ -598,7 +656,9 @@ def _fit(todo, work: Work, reference: int, colors: bool) -> None:
         group.params = []
         for j, setup in enumerate(own):
             params = fits.params[j][i].copy()
-            at = len(_own_params(setup, colors)) * len(tasks)  # centres are the first in common
+            at = len(_own_params(setup, options["colors"])) * len(
+                tasks
+            )  # centres are the first in common
             params[at : at + 2] += np.array(group.bands[0].origin[::-1])
             group.params.append(params)
         group.start = [
@@ -606,11 +666,11 @@ def _fit(todo, work: Work, reference: int, colors: bool) -> None:
         ]
 
 
-def _with_noise(setups, batches, start, noise, reference: int, colors: bool) -> BandFits:
+def _with_noise(setups, batches, start, noise, options: dict[str, Any]) -> BandFits:
     """`fit_bands` with any noise, by iteratively reweighted least squares."""
     misfit = bool(getattr(noise, "needs_misfit", False))
     changes = noise is not None and bool(noise.parameter_names or not noise.gaussian)
-    options = {"reference": reference, "colors": colors, "misfit": misfit}
+    options = {**options, "misfit": misfit}
     fits = fit_bands(setups, batches, start, **options)
     for _ in range(_REWEIGHTINGS if changes else 0):
         before = _fluxes(fits)
@@ -619,14 +679,14 @@ def _with_noise(setups, batches, start, noise, reference: int, colors: bool) -> 
             for batch, own in zip(batches, fits.bands, strict=True)
         ]
         fits = fit_bands(setups, work, [own.params for own in fits.bands], **options)
-        firsts = np.cumsum([0, *(p.shape[1] for p in fits.bands[0].params[:-1])])
-        variance = [np.diagonal(own.cov, axis1=1, axis2=2)[:, firsts] for own in fits.bands]
-        if not (((_fluxes(fits) - before) ** 2) > _SAME**2 * np.stack(variance)).any():
+        noise_alone = np.stack([own.flux_noise for own in fits.bands])
+        if not (np.abs(_fluxes(fits) - before) > _SAME * noise_alone).any():
             break
     if noise is not None:
         fits.cov = fits.cov / noise.information
         for own in fits.bands:
             own.cov = own.cov / noise.information
+            own.flux_noise = own.flux_noise / np.sqrt(noise.information)
     return fits
 
 

@@ -46,6 +46,22 @@ _TIGHT = 0.1
 _THIN = 0.95
 
 
+@dataclass(frozen=True)
+class _Moved:
+    """The prior of a position, for positions that count from elsewhere."""
+
+    prior: Prior
+    shift: float
+
+    @property
+    def support(self) -> tuple[float, float]:
+        low, high = self.prior.support
+        return low - self.shift, high - self.shift
+
+    def residual(self, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.prior.residual(value + self.shift)
+
+
 @dataclass
 class BatchSetup:
     """What is the same for all stamps of a batch.
@@ -60,6 +76,8 @@ class BatchSetup:
     window : int
         How many galaxies are worked on at once.
     max_iter : int
+    tolerance : float
+        Change of chi-square that ends a fit, if it is larger than what does otherwise.
     max_shift : float or None
         How far the centre may go from the first guess, in pixels.
     start : array, shape (B, P), or None
@@ -67,7 +85,7 @@ class BatchSetup:
     correlation : CorrelatedNoise or None
         What ties the noise of neighbouring pixels.
     origin : tuple of float
-        (x, y) of the first pixel in the coordinates of the bounds of the model.
+        (x, y) of the first pixel in the coordinates of the bounds of the model and of priors.
     """
 
     model: GalaxyModel
@@ -77,6 +95,7 @@ class BatchSetup:
     dtype: torch.dtype = torch.float32
     window: int = 96
     max_iter: int = 60
+    tolerance: float = 0.0
     max_shift: float | None = None
     start: np.ndarray | None = None
     correlation: Any = None
@@ -111,6 +130,8 @@ class BatchSetup:
         linear = "flux" not in native
         for name, shift in zip(("x_0", "y_0"), self.origin, strict=True):
             self.bounds[name] = tuple(b if b is None else b - shift for b in self.bounds[name])
+            if shift and name in self.priors:
+                self.priors = {**self.priors, name: _Moved(self.priors[name], shift)}
         self.coordinates = Coordinates(
             ellipses=self.ellipses,
             names=self.names,
@@ -611,7 +632,7 @@ class Solver:
             lower=lower,
             upper=upper,
             max_iter=self.setup.max_iter,
-            tolerance=tolerance,
+            tolerance=max(tolerance, self.setup.tolerance),
             relative_tolerance=1e-6 if self.setup.dtype == torch.float32 else 1e-10,
             window=self.setup.window,
             rows=rows,

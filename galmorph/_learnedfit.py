@@ -52,7 +52,11 @@ _PRIOR_OFFSET = 1e3
 # galaxies that are worked on at once: their maps should stay in the cache
 _WINDOW = 16
 # steps in radii, in ln r or radians, and in latents, that leave derivatives as they are
-_SMALL_STEP, _SMALL_BEND = 0.03, 0.3
+_SMALL_STEP, _SMALL_BEND = 0.03, 0.1
+# change of chi2 that ends a fit
+_TOLERANCE = 0.05
+# the longest steps of ln r and of a latent
+_LONGEST, _LONGEST_BEND = 1.0, 2.0
 
 
 class _LearnedProblem:
@@ -284,7 +288,8 @@ def fit_learned_batch(
         position = setup.start[:, 1:3]
         if only_start:
             return _summarise(problem, solve(given))
-    sersic = replace(setup, model=SersicGalaxy2D(), priors={"n": INDEX_PRIOR}, start=None)
+    profile = {"model": SersicGalaxy2D(), "priors": {"n": INDEX_PRIOR}}
+    sersic = replace(setup, **profile, start=None, tolerance=0.0)
     for name in ("x_0", "y_0"):
         sersic.bounds[name] = setup.bounds[name]
     first = fit_batch(sersic, data, inv_sigma, psf, position, covariance=False)
@@ -320,9 +325,11 @@ class _Solver:
             lower=lower,
             upper=upper,
             max_iter=setup.max_iter,
-            tolerance=5e-2,
+            tolerance=max(_TOLERANCE, setup.tolerance),
             relative_tolerance=1e-6 if problem.data.dtype == torch.float32 else 1e-10,
             window=max(1, min(setup.window, _WINDOW)),
+            longest=longest_step(problem),
+            stiffen=True,
         )
 
     def at(self, u: torch.Tensor, rows: torch.Tensor) -> _LearnedProblem:
@@ -347,6 +354,13 @@ class _Solver:
     ) -> Iterator[tuple[torch.Tensor, _LearnedProblem]]:
         """Places in ``u``, and the problem of these galaxies."""
         yield torch.arange(len(u), device=u.device), self.at(u, rows)
+
+
+def longest_step(problem: _LearnedProblem) -> torch.Tensor:
+    """How far each coordinate (U,) may go at once: ln r and latents bend the image."""
+    longest = problem.scale.new_full((4 + problem.d + problem.walks_flux,), torch.inf)
+    longest[2], longest[4 : 4 + problem.d] = _LONGEST, _LONGEST_BEND
+    return longest
 
 
 def _keep_better(result: LeastSquaresResult, other: LeastSquaresResult) -> None:

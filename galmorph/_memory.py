@@ -20,6 +20,7 @@ _FIELDS = (
     "images",
     "misfit",
     "chi2",
+    "cost",
     "n_iter",
     "converged",
     "bad_covariance",
@@ -91,7 +92,8 @@ def _digest(asked: Any) -> str:
         values = [float(np.ravel(getattr(model, n).value)[0]) for n in model.param_names]
         limits = [repr((model.bounds[n], model.fixed[n])) for n in model.param_names]
         code.update(repr((type(model).__name__, values, limits, setup.priors)).encode())
-        code.update(repr((setup.background, setup.max_iter, network_digest(model))).encode())
+        options = setup.background, setup.max_iter, setup.tolerance, network_digest(model)
+        code.update(repr(options).encode())
     psfs = batch.psf if isinstance(batch.psf, list) else [batch.psf]
     code.update(repr([_psf_digest(p) for p in psfs]).encode())
     arrays = [batch.data, batch.inv_sigma, batch.position, batch.spread]

@@ -65,6 +65,9 @@ def fit_model(
         raise ValueError("a model set is fitted to images on a regular grid of pixels")
     if grid is not None:
         return _fit_stamps(fitter, model, grid, z, weights, weighted, maxiter)
+    info = _fit_scene(fitter, model, x, y, z, weights, weighted, maxiter)
+    if info is not None:
+        return info
     return _fit_points(
         fitter, model, x.ravel(), y.ravel(), z.ravel(), weights.ravel(), weighted, maxiter
     )
@@ -86,8 +89,10 @@ def _check(model, x, y, z, weights):
     return z, weights
 
 
-def _grid(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, tuple[int, int], tuple] | None:
-    """Origin, shape and place of points that lie on a pixel grid, each at most once."""
+def _grid(
+    x: np.ndarray, y: np.ndarray, *, repeated: bool = False
+) -> tuple[np.ndarray, tuple[int, int], np.ndarray] | None:
+    """Origin, shape and place of points that lie on a pixel grid; each once, unless repeated."""
     origin = np.array([x.min(), y.min()])
     column, row = np.rint(x - origin[0]).astype(int), np.rint(y - origin[1]).astype(int)
     if np.abs(x - origin[0] - column).max() > 1e-7 or np.abs(y - origin[1] - row).max() > 1e-7:
@@ -96,7 +101,7 @@ def _grid(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, tuple[int, int], tu
     if shape[0] * shape[1] > 16 * x.size + 65536:
         return None
     at = np.ravel_multi_index((row.ravel(), column.ravel()), shape)
-    if np.unique(at).size != at.size:
+    if not repeated and np.unique(at).size != at.size:
         return None
     return origin, shape, at
 
@@ -162,6 +167,7 @@ def _fit_stamps(fitter, model, grid, z, weights, weighted, maxiter) -> OptimizeR
         dtype=torch.float64,
         window=fitter.batch_size,
         max_iter=maxiter,
+        tolerance=fitter.tolerance,
         start=start,
         origin=(float(origin[0]), float(origin[1])),
     )
@@ -198,6 +204,46 @@ def _fit_stamps(fitter, model, grid, z, weights, weighted, maxiter) -> OptimizeR
     if count == 1:
         _attach(model, cov[0])
     return info
+
+
+def _fit_scene(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeResult | None:
+    """Fit a sum of galaxies; None if the model or the points are others."""
+    from galmorph._sumfit import each_once, fit_sum, sum_of
+
+    total = sum_of(model)
+    grid = None if total is None else _grid(x, y, repeated=True)
+    if grid is None:
+        return None
+    origin, shape, at = grid
+    flat, inv_sigma = z.ravel(), weights.ravel()
+    if total.cutouts:
+        flat, inv_sigma = each_once(at, flat, inv_sigma)
+    size = shape[0] * shape[1]
+    square = np.bincount(at, inv_sigma**2, size)
+    mean = np.bincount(at, inv_sigma**2 * flat, size) / np.where(square > 0, square, 1.0)
+    found = fit_sum(
+        fitter, total, origin, mean.reshape(shape), np.sqrt(square).reshape(shape), maxiter
+    )
+    if found is None:
+        return None
+    model.parameters = found.params
+    free = [i for i, n in enumerate(model.param_names) if not model.fixed[n]]
+    residual = (_evaluate(model, x.ravel(), y.ravel(), found.params) - flat) * inv_sigma
+    cost, cov = 0.5 * float(residual @ residual), found.cov[np.ix_(free, free)]
+    if not weighted:
+        cov = cov * 2 * cost / max(np.count_nonzero(inv_sigma) - len(free), 1)
+    _attach(model, cov)
+    status, message = _status(found.converged, found.at_bound)
+    return OptimizeResult(
+        x=found.params[free],
+        fun=residual.reshape(z.shape),
+        cost=cost,
+        param_cov=cov,
+        status=status,
+        success=status > 0,
+        message=message,
+        nfev=found.n_iter,
+    )
 
 
 def _coordinates(grid, count):
@@ -340,6 +386,7 @@ def _fit_points(fitter, model, x, y, z, weights, weighted, maxiter) -> OptimizeR
         lower=lower,
         upper=upper,
         max_iter=maxiter,
+        tolerance=max(1e-3, fitter.tolerance),
         relative_tolerance=1e-10,
     )
     free = found.u[0].numpy().copy()

@@ -34,10 +34,11 @@ from galmorph._learnedfit import (
     _LearnedProblem,
     _nested,
     _Solver,
+    longest_step,
     to_params,
 )
 from galmorph._posterior import _invert, wrap_axis
-from galmorph._structure import structure_covariance
+from galmorph._structure import flux_places, structure_covariance
 from galmorph.inference.least_squares import Linearisation, levenberg_marquardt
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.models.sersic import SersicGalaxy2D
@@ -99,7 +100,8 @@ class SceneFits:
     background : array, shape (B, nb)
     images, misfit : array, shape (B, K, ny, nx)
         Of each source, and how far a learned one may be off.
-    chi2, n_iter, converged, bad_covariance : array, shape (B,)
+    chi2, cost, n_iter, converged, bad_covariance : array, shape (B,)
+        The cost is chi2 and what priors add.
     at_bound : array of bool, shape (B, K)
     n_free : int
     """
@@ -111,6 +113,7 @@ class SceneFits:
     images: np.ndarray
     misfit: np.ndarray
     chi2: np.ndarray
+    cost: np.ndarray
     n_iter: np.ndarray
     converged: np.ndarray
     bad_covariance: np.ndarray
@@ -131,6 +134,7 @@ class _Sources:
 
     problem: _GalaxyProblem | _LearnedProblem
     centre: tuple[int, int]
+    size: int  # coordinates of a source
 
     def __init__(self, setup: BatchSetup, slots: Sequence[int], scale: torch.Tensor) -> None:
         self.setup, self.slots, self.scale = setup, list(slots), scale
@@ -161,6 +165,10 @@ class _Sources:
     def amplitude(self, u: torch.Tensor) -> torch.Tensor:
         """Flux (of the profile, if learned) in units of the noise, (n,)."""
         return u[:, -1] if self.linear else self.to_params(u)[0][:, 0] / self.scale[: len(u)]
+
+    def longest_step(self) -> torch.Tensor:
+        """How far each coordinate (U,) may go at once."""
+        return self.scale.new_full((self.size,), torch.inf)
 
     def misfit_fraction(self, params: torch.Tensor) -> np.ndarray | None:
         """How far the light may be off, as a fraction, (n, ny, nx); None: not at all."""
@@ -309,8 +317,9 @@ class _Learned(_Sources):
         if sized:  # the radius, as of profiles
             upper[:, 2] = torch.maximum(upper[:, 2].clamp_max(np.log(max(self.shape))), lower[:, 2])
         held = upper[:, :2] <= lower[:, :2]
-        lower[:, :2] = torch.where(held, lower[:, :2], position - shift[:, None])
-        upper[:, :2] = torch.where(held, upper[:, :2], position + shift[:, None])
+        near, far = position - shift[:, None], position + shift[:, None]
+        lower[:, :2] = torch.where(held, lower[:, :2], torch.maximum(lower[:, :2], near))
+        upper[:, :2] = torch.where(held, upper[:, :2], torch.minimum(upper[:, :2], far))
         free = u.new_full((len(u), int(self.linear)), torch.inf)
         least = torch.full_like(free, 0.0 if sized else -torch.inf)
         return torch.cat([lower, least], 1), torch.cat([upper, free], 1)
@@ -364,6 +373,12 @@ class _Learned(_Sources):
     def to_params(self, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         core, amplitude = (u[:, :-1], u[:, -1]) if self.linear else (u, None)
         return to_params(self.problem, core, amplitude, self.scale)
+
+    def longest_step(self) -> torch.Tensor:
+        longest = super().longest_step()
+        core = longest_step(self.problem)
+        longest[: len(core)] = core
+        return longest
 
     def misfit_fraction(self, params: torch.Tensor) -> np.ndarray:
         from galmorph.rendering.learned_model import misfit_fraction
@@ -469,6 +484,10 @@ class _SceneProblem:
     def project(self, u: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
         return self.join([part.project(self.split(u, part)) for part in self.parts])
 
+    def longest_step(self) -> torch.Tensor:
+        """How far each coordinate (U,) may go at once."""
+        return self.join([p.longest_step().expand(len(p.slots), -1) for p in self.parts])[0]
+
     def units(self, u: torch.Tensor) -> torch.Tensor:
         """Images (B, K, npix) of all sources with a flux of one (of the profile, if learned)."""
         rows = torch.arange(len(u), device=u.device)
@@ -511,7 +530,7 @@ class _Fit:
         self.psfs = [] if psf is None else [psf] if isinstance(psf, PSF) else list(psf)
         width = float(np.median([p.sigma for p in self.psfs])) if self.psfs else 0.5
         self.psf_sigma, self._windows = width, None
-        self.shift = (3 * self.spread).clamp_max(max(4.0, 2 * width))
+        self.shift = (3 * self.spread).clamp_max(centre_reach(width))
         self.shift = (
             self.shift
             if setup.max_shift is None
@@ -671,9 +690,11 @@ class _Fit:
             lower=bounds[0],
             upper=bounds[1],
             max_iter=setup.max_iter,
-            tolerance=max(tolerance, 5e-2 if learned else 1e-3),
+            tolerance=max(tolerance, tolerance_of(learned)),
             relative_tolerance=1e-6 if self.dtype == torch.float32 else 1e-10,
             window=max(1, min(setup.window, self._window(problem))),
+            longest=problem.longest_step(),
+            stiffen=learned,
             rows=rows,
         )
 
@@ -701,6 +722,16 @@ class _Fit:
                 shift = self.shift[:, part.slots].flatten().clamp_min(1.0)
                 wide |= part.widen(params, psfs, shift).unflatten(0, (-1, len(part.slots))).any(1)
         return torch.nonzero(wide & torch.isfinite(u).all(1))[:, 0]
+
+
+def centre_reach(psf_sigma: float) -> float:
+    """How far a centre may go from where it was given, in pixels, however little is known of it."""
+    return max(4.0, 2 * psf_sigma)
+
+
+def tolerance_of(learned: bool) -> float:
+    """Change of chi2 that ends a fit of many parameters: a small part of their errors."""
+    return 0.2 if learned else 1e-3
 
 
 def _alike(setups: Sequence[BatchSetup]) -> list[list[int]]:
@@ -837,6 +868,7 @@ def fit_scenes(
     """
     fit = _Fit(setups, batch)
     learned = any(isinstance(s.model, LearnedGalaxy2D) for s in setups)
+    tolerance = max(tolerance, setups[0].tolerance)
     n_iter = 0
     if start is None:
         parametric = _without_learned(setups)
@@ -871,7 +903,11 @@ def _summarise(fit, problem, result, bounds, n_iter, misfit, structure) -> Scene
     for k, where in enumerate(problem.where):
         free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
-    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, structure)
+    extra = None
+    if structure:
+        _, jacobian = params_and_slopes(fit, problem, result.u)
+        extra = structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, extra)
 
 
 def inverse_of_free(hessian: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -911,9 +947,13 @@ def params_and_slopes(fit, problem, u: torch.Tensor) -> tuple[list[torch.Tensor]
 
 
 def in_data_units(
-    fit, problem, result, free, inverse, bad, n_iter, misfit, structure: float = 0.0
+    fit, problem, result, free, inverse, bad, n_iter, misfit, extra: torch.Tensor | None = None
 ) -> SceneFits:
-    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates."""
+    """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates.
+
+    ``extra`` (B, D + nb, D + nb) is added to that of parameters and background, if not to the
+    noise of fluxes.
+    """
     params, jacobian = params_and_slopes(fit, problem, result.u)
     images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
     images = images.unflatten(2, fit.shape).cpu().numpy()
@@ -925,11 +965,10 @@ def in_data_units(
             fraction = fraction.reshape(-1, len(part.slots), *fit.shape)
             off[:, part.slots] = np.abs(images[:, part.slots]) * fraction
     cov = jacobian @ inverse @ jacobian.transpose(1, 2)
-    firsts = np.cumsum([0, *(p.shape[1] for p in params[:-1])])
-    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, firsts].clamp_min(0).sqrt()
+    flux_noise = torch.diagonal(cov, dim1=1, dim2=2)[:, flux_places(fit.setups)].clamp_min(0).sqrt()
     flux_noise[bad] = torch.nan
-    if structure:
-        cov = cov + structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
+    if extra is not None:
+        cov = cov + extra
     cov = _angles_capped(cov, fit.setups)
     cov[bad] = torch.nan
     at_bound = result.at_bound & free
@@ -941,6 +980,7 @@ def in_data_units(
         images=images,
         misfit=off,
         chi2=result.chi2.cpu().numpy(),
+        cost=result.cost.cpu().numpy(),
         n_iter=(result.n_iter + n_iter).cpu().numpy(),
         converged=result.converged.cpu().numpy(),
         bad_covariance=bad.cpu().numpy(),

@@ -8,6 +8,8 @@ to the covariance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +19,17 @@ from galmorph.models.learned import LearnedGalaxy2D
 if TYPE_CHECKING:
     from galmorph.models.base import GalaxyModel
 
-__all__ = ["PATCHES", "RINGS", "SECTORS", "patches_of", "relative_rms", "structure_covariance"]
+__all__ = [
+    "PATCHES",
+    "RINGS",
+    "SECTORS",
+    "Patches",
+    "flux_places",
+    "patches_in",
+    "patches_of",
+    "relative_rms",
+    "structure_covariance",
+]
 
 #: Fractions of the light at which the elliptical rings end, and number of sectors of each.
 RINGS = (0.2, 0.4, 0.6, 0.8, 0.92)
@@ -26,7 +38,7 @@ PATCHES = (len(RINGS) + 1) * SECTORS
 # Relative rms of a patch of each ring for galaxies that are much larger than the PSF: what fits to
 # bright galaxies of KiDS leave, and how much of it they hide by taking it up, told by fluxes of
 # blends of such galaxies (benchmarks/structure.py).
-_HIDDEN, _HIDDEN_BY_LATENTS = 2.0, 3.0
+_HIDDEN, _HIDDEN_BY_LATENTS = 2.6, 3.0
 _PROFILE = tuple(_HIDDEN * rms for rms in (0.10, 0.10, 0.14, 0.20, 0.38, 1.0))
 _TWO_PROFILES = tuple(_HIDDEN * rms for rms in (0.10, 0.08, 0.10, 0.12, 0.18, 0.6))
 _LEARNED = tuple(_HIDDEN_BY_LATENTS * rms for rms in (0.06, 0.04, 0.08, 0.08, 0.12, 0.9))
@@ -91,6 +103,76 @@ def patches_of(
     return ring * SECTORS + sector, torch.nan_to_num(resolved)
 
 
+@dataclass
+class Patches:
+    """What the patches of all sources do, each brighter by one standard deviation.
+
+    Attributes
+    ----------
+    pull : Tensor, shape (b, U + nb, K P)
+        J^T W t: by how much they pull the coordinates and the background.
+    own : Tensor, shape (b, K, P)
+        By how much the true fluxes differ, in units of the data.
+    beyond : Tensor, shape (b, K)
+        The same of the light beyond the image.
+    """
+
+    pull: torch.Tensor
+    own: torch.Tensor
+    beyond: torch.Tensor
+
+    def errors(self, moved: torch.Tensor, fluxes: Sequence[int]) -> torch.Tensor:
+        """Errors (b, D, K P) of parameters which the fit moves by ``moved``; fluxes are at places.
+
+        The true flux of a source has changed too, by the light of the patch: it is the difference
+        that is the error.
+        """
+        error = moved.unflatten(2, (-1, PATCHES)).clone()
+        for k, at in enumerate(fluxes):
+            error[:, at, k] -= self.own[:, k]
+        return error.flatten(2)
+
+    def unseen(self, size: int, fluxes: Sequence[int]) -> torch.Tensor:
+        """Errors (b, size, K) of fluxes at places by the light beyond the image."""
+        error = self.beyond.new_zeros((len(self.beyond), size, len(fluxes)))
+        for k, at in enumerate(fluxes):
+            error[:, at, k] = self.beyond[:, k]
+        return error
+
+
+def patches_in(fit: Any, problem: Any, u: torch.Tensor, rows: torch.Tensor) -> Patches:
+    """The patches of some scenes.
+
+    Parameters
+    ----------
+    fit, problem
+        Of `galmorph._scenefit`.
+    u : Tensor, shape (B, U)
+        Coordinates of the fits.
+    rows : Tensor of int, shape (b,)
+
+    Returns
+    -------
+    Patches
+    """
+    rms = torch.tensor([relative_rms(s.model) for s in fit.setups], dtype=u.dtype, device=u.device)
+    params = fit.params_of(problem, u)
+    scale = fit.scale[rows, None]
+    flux = torch.stack([p[rows, 0] for p in params], 1) / scale
+    centre = torch.stack([p[rows, 1:3] for p in params], 1)
+    images, count = fit.light(problem, u)[rows], (len(rows), problem.sources)
+    patch, resolved = patches_of(
+        images.flatten(0, 1), flux.flatten(), centre.flatten(0, 1),
+        fit.psf_sigma if fit.psfs else 0.0, fit.shape[1],
+    )  # fmt: skip
+    patch, resolved = patch.unflatten(0, count), resolved.unflatten(0, count).square()
+    level = resolved[..., None] * rms.repeat_interleave(SECTORS, 1)
+    own = images.new_zeros((*count, PATCHES)).scatter_add_(2, patch, images).double()
+    beyond = (flux - own.sum(2)).clamp_min(0) * resolved * rms.any(1)
+    pull = _pull(fit, problem, u, rows, images, patch) * level[:, None]
+    return Patches(pull.flatten(2), scale[..., None] * own * level, _BEYOND * scale * beyond)
+
+
 def structure_covariance(
     fit: Any, problem: Any, u: torch.Tensor, inverse: torch.Tensor, jacobian: torch.Tensor
 ) -> torch.Tensor:
@@ -111,43 +193,21 @@ def structure_covariance(
     -----
     A patch t of source k that is brighter by a fraction e changes the parameters by
     C Jᵀ W t e, with C their covariance, J the derivatives of the image and W the inverse variance.
-    The true flux of the source has changed too, by the light of the patch: it is the difference
-    that is the error.
     """
     extra = jacobian.new_zeros((len(u), jacobian.shape[1], jacobian.shape[1]))
-    rms = torch.tensor([relative_rms(s.model) for s in fit.setups], dtype=u.dtype, device=u.device)
-    if not rms.any():
-        return extra
-    light = fit.light(problem, u)
-    first, start = [], 0
-    for setup in fit.setups:
-        first.append(start)
-        start += len(setup.names)
-    params = fit.params_of(problem, u)
-    flux = torch.stack([p[:, 0] for p in params], 1) / fit.scale[:, None]
-    centre = torch.stack([p[:, 1:3] for p in params], 1)
-    sigma = fit.psf_sigma if fit.psfs else 0.0
+    fluxes = flux_places(fit.setups)
     for rows in torch.arange(len(u), device=u.device).split(_WINDOW):
-        images, count = light[rows], (len(rows), problem.sources)
-        patch, resolved = patches_of(
-            images.flatten(0, 1), flux[rows].flatten(), centre[rows].flatten(0, 1), sigma,
-            fit.shape[1],
-        )  # fmt: skip
-        patch, resolved = patch.unflatten(0, count), resolved.unflatten(0, count).square()
-        pull = _pull(fit, problem, u, rows, images, patch)
-        error = (jacobian[rows] @ inverse[rows] @ pull.flatten(2)).unflatten(2, (-1, PATCHES))
-        own = images.new_zeros((*count, PATCHES)).scatter_add_(2, patch, images).double()
-        beyond = (flux[rows] - own.sum(2)).clamp_min(0) * resolved
-        level = resolved[..., None] * rms.repeat_interleave(SECTORS, 1)
-        scale = fit.scale[rows]
-        for k, at in enumerate(first):
-            error[:, at, k] -= scale[:, None] * own[:, k]
-        error = (error * level[:, None]).flatten(2)
-        extra[rows] = error @ error.transpose(1, 2)
-        for k, at in enumerate(first):
-            if rms[k].any():
-                extra[rows, at, at] += (_BEYOND * scale * beyond[:, k]).square()
+        patches = patches_in(fit, problem, u, rows)
+        error = patches.errors(jacobian[rows] @ inverse[rows] @ patches.pull, fluxes)
+        unseen = patches.unseen(error.shape[1], fluxes)
+        extra[rows] = error @ error.transpose(1, 2) + unseen @ unseen.transpose(1, 2)
     return extra
+
+
+def flux_places(setups: Sequence[Any]) -> list[int]:
+    """Places of the fluxes among the parameters of all sources."""
+    sizes = [len(setup.names) for setup in setups]
+    return [sum(sizes[:k]) for k in range(len(sizes))]
 
 
 def _pull(fit, problem, u, rows, light, patch) -> torch.Tensor:

@@ -249,6 +249,13 @@ def forced_photometry(
     :math:`G^{-1} X C X^T G^{-1}`, with X the products of A and the derivatives of the model
     image: the errors are then those of a fit in which the shapes are free with C for a prior.
 
+    There is no ``structure`` here.  The light that models do not have is the same in both images:
+    what it did to the shapes is in their covariance (`galmorph.deblend` allows for it), and comes
+    with ``shape_uncertainty``; what it does to a flux given the shape goes together with that, and
+    with the fluxes of all other bands, which the error of one flux cannot say.  Added to it, it
+    would make errors of colours that colours do not have.  Where fluxes themselves have to be
+    right to some per cent, `deblend_bands` knows all of this.
+
     Sizes and angles go from one grid to the other by the derivatives of both WCSs, so that pixel
     scale, rotation and parity are in them.
 
@@ -870,6 +877,7 @@ def deblend_bands(
     fitter: Any = None,
     background: str = "none",
     position_prior: float | np.ndarray = 1.0,
+    structure: float = 1.0,
     component_colors: bool = False,
     reference: str | None = None,
     max_group: int = 8,
@@ -898,6 +906,9 @@ def deblend_bands(
     position_prior : float or array (K,), optional
         Standard deviation, in pixels, of the true centres about the positions given; 0 holds
         them.
+    structure : float, optional
+        How much light that models do not have the covariance allows for, as for
+        `galmorph.deblend`.
     component_colors : bool, optional
         Whether each `BulgeDiskGalaxy2D` has a ``bulge_fraction`` in every band, so that bulge
         and disk have colours of their own.
@@ -927,6 +938,11 @@ def deblend_bands(
     The covariance is that of Laplace's approximation for everything of a group: what is not
     known of a shape makes errors of the fluxes that bands share, and that cancel in part in a
     colour.
+
+    Arms, clumps and tails that models do not have are the same in all bands: each patch of a source
+    may be brighter by a random fraction, as in `galmorph.deblend`, which is one number for all
+    bands.  It makes errors of fluxes that bands share, and which colours feel less.  Structure
+    that has a colour of its own is not in it.
 
     In fields, groups are those of the reference band, each fitted with the others' models taken
     away in all bands, in turns until nothing changes.  A source that a band says nothing of is
@@ -959,7 +975,11 @@ def deblend_bands(
         raise ValueError(f"background must be one of {list(BACKGROUND_TERMS)}, not {background!r}")
     if int(max_group) != max_group or max_group < 1:
         raise ValueError(f"max_group must be a positive integer, not {max_group!r}")
+    if not 0 <= structure < np.inf:
+        raise ValueError(f"structure must be finite and not negative, not {structure!r}")
     fitter = _checked_fitter(fitter)
+    if getattr(fitter.noise, "needs_misfit", False):
+        structure = 0.0
     if model is None:
         from galmorph.models.learned import LearnedGalaxy2D
 
@@ -980,7 +1000,14 @@ def deblend_bands(
     started = time.perf_counter()
     with _reporter(progress, 2 * len(scenes[first].xy)) as report:
         groups = solve_bands(
-            scenes, first, fitter, background, int(max_group), component_colors, report
+            scenes,
+            first,
+            fitter,
+            background,
+            int(max_group),
+            report,
+            colors=component_colors,
+            structure=float(structure),
         )
     seconds = time.perf_counter() - started
     found = [_result(scene, fitter, background, seconds, 1, None) for scene in scenes]

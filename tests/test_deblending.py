@@ -586,3 +586,37 @@ def test_models_do_not_say_where_they_are_in_a_large_image(psf):
     for options in ({"bounds": {"x_0": (20, 40)}}, {"fixed": {"y_0": True}}):
         with pytest.raises(ValueError, match="position_prior"):
             deblend(image, [(30, 150)], model=SersicGalaxy2D(**options), psf=psf, uncertainty=1.0)
+
+
+def test_tolerance_ends_learned_scenes_early(psf):
+    """Ends within what was promised of the minimum; intervals of fluxes hold; one step at least."""
+    model = LearnedGalaxy2D.from_pretrained(psf=psf)
+    rng = np.random.default_rng(31)
+    count = 16
+    params = model.sample(2 * count, rng).reshape(count, 2, -1)
+    params[..., 0] = rng.uniform(400, 900, (count, 2))
+    params[..., 1:3] = np.array([[16, 16], [22, 18]]) + rng.uniform(-0.5, 0.5, (count, 2, 2))
+    params[..., 3] = rng.uniform(2.5, 3.5, (count, 2))
+    params[..., 4] = rng.uniform(-np.pi, np.pi, (count, 2))
+    shape = (35, 39)
+    images = model.render(shape, params=params.reshape(2 * count, -1)).reshape(count, 2, *shape)
+    data = images.sum(1) + rng.normal(0, 0.25, (count, *shape))
+    options = {"model": model, "uncertainty": 0.25, "psf": psf, "structure": 0}
+    found = {
+        tolerance: deblend(
+            data, list(params[..., 1:3]), fitter=MAPFitter(tolerance=tolerance), **options
+        )
+        for tolerance in (0.0, 1.0, np.inf)
+    }
+    flux, err, steps = (
+        {t: np.array([getattr(r, n) for r in results]) for t, results in found.items()}
+        for n in ("flux", "flux_err", "n_iter")
+    )
+    for tolerance, most in ((1.0, 0.1), (np.inf, 0.5)):
+        inside = np.abs(flux[tolerance] - params[..., 0]) < err[tolerance]
+        assert stats.binom.sf(inside.sum(), 2 * count, 0.68) > 1e-3
+        assert stats.binom.cdf(inside.sum(), 2 * count, 0.68) > 1e-3
+        assert (steps[tolerance] <= steps[0.0]).all()
+        assert steps[tolerance].sum() < steps[0.0].sum()
+        shift = np.abs(flux[tolerance] - flux[0.0]) / err[0.0]
+        assert np.median(shift) <= most

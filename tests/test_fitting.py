@@ -821,3 +821,19 @@ def test_fit_is_at_least_as_good_as_the_truth(kind, count, background):
         (round(worse[i], 1), truth[i].round(2), result.params[i].round(2), int(result.flags[i]))
         for i in bad
     ]
+
+
+def test_tolerance_must_not_be_negative():
+    with pytest.raises(ValueError, match="tolerance must not be negative"):
+        MAPFitter(tolerance=-1)
+
+
+def test_tolerance_saves_evaluations_and_costs_a_part_of_the_error():
+    data = noisy("sersic", 60, 0.3)
+    full, quick = (
+        fit_images(data, SersicGalaxy2D(), MAPFitter(tolerance=t), uncertainty=0.3, psf=STAR)
+        for t in (0.0, 1.0)
+    )
+    assert quick.n_iter.sum() < full.n_iter.sum()
+    shift = np.abs(quick.params - full.params) / full.stds
+    assert np.quantile(shift, 0.95) < 0.5

@@ -358,7 +358,8 @@ def test_encoder_covers(psf):
     assert np.all((inside.mean(0) > 0.56) & (inside.mean(0) < 0.80)), inside.mean(0)
     assert np.median(result.chi2 / result.dof) < 1.2
     again = fit_images(data[:5], galaxy, EncoderFitter(), **keep)
-    assert_allclose(again.params, result.params[:5], rtol=1e-4)
+    # in single precision, by another number of galaxies at once; latents may be near zero
+    assert_allclose(again.params, result.params[:5], rtol=1e-4, atol=1e-5)
 
 
 def test_encoder_any_size_and_refined(psf):

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from scipy.optimize import least_squares  # noqa: E402
+from scipy.optimize import least_squares, minimize  # noqa: E402
 
 from galmorph.inference.least_squares import (  # noqa: E402
     Linearisation,
@@ -359,3 +359,78 @@ def test_inputs_are_left_alone():
     assert (low == -5).all()
     assert torch.equal(problem.data, data)
     assert torch.equal(problem.weight, weight)
+
+
+# -- where the curvature of Gauss and Newton is not enough -----------------------------------------
+
+
+class Edge:
+    """data ~ exp(2 u) + v t, with a normal prior of u and data that ask for less than nothing.
+
+    The image hardly depends on u where it ends, between the prior and data that can't be reached.
+    """
+
+    linear_amplitude = False
+
+    def __init__(self, data):
+        self.data, self.weight = data, torch.ones_like(data)
+        self.templates = data[:0]
+
+    def linearise(self, u, rows):
+        rest = torch.exp(2 * u[:, :1])
+        image = rest + u[:, 1:] * TIME
+        columns = torch.stack([image, (2 * rest).expand_as(image), TIME.expand_as(image)], 1)
+        penalty_chain = u.new_zeros((len(u), 1, 2))
+        penalty_chain[:, 0, 0] = 1.0
+        return Linearisation(
+            columns=columns,
+            chain=torch.eye(2, dtype=u.dtype).expand(len(u), -1, -1),
+            amplitude=torch.ones_like(u[:, 0]),
+            amplitude_chain=torch.zeros_like(u),
+            penalty=u[:, :1],
+            penalty_chain=penalty_chain,
+        )
+
+    def project(self, u, rows):
+        return u
+
+
+def test_curvature_that_is_learned_from_steps():
+    rng = np.random.default_rng(5)
+    level = rng.uniform(-60, -10, (20, 1))
+    data = torch.as_tensor(level + rng.uniform(1, 3, (20, 1)) * TIME.numpy())
+    edge = Edge(data)
+    plain = solve(edge, -1.0, max_iter=1000, tolerance=1e-9)
+    learned = solve(edge, -1.0, max_iter=1000, tolerance=1e-9, stiffen=True)
+    assert learned.converged.all()
+    assert learned.n_iter.sum() < 0.9 * plain.n_iter.sum()
+    for i in range(20):
+        y, t = data[i].numpy(), TIME.numpy()
+
+        def cost(p, y=y, t=t):
+            return ((y - np.exp(2 * p[0]) - p[1] * t) ** 2).sum() + p[0] ** 2
+
+        expected = minimize(cost, [-3.0, 1.0], method="Nelder-Mead", options={"xatol": 1e-9})
+        assert float(learned.cost[i]) == pytest.approx(expected.fun, abs=1e-5)
+
+
+@pytest.mark.parametrize("stiffen", [False, True])
+def test_longest_step(stiffen):
+    """No step is longer than it may be, and the end is the same."""
+    data, weight, _ = noisy_decays(8)
+    free = solve(Decay(data, weight))
+
+    class Watched(Decay):
+        places = ()
+
+        def linearise(self, u, rows):
+            self.places = [*self.places, u.clone()]
+            return super().linearise(u, rows)
+
+    watched = Watched(data, weight)
+    short = solve(
+        watched, -2.0, longest=torch.tensor([0.1]).double(), max_iter=200, stiffen=stiffen, window=8
+    )
+    torch.testing.assert_close(short.u, free.u, rtol=1e-6, atol=1e-6)
+    steps = torch.cat([(b - a).abs() for a, b in itertools.pairwise(watched.places[:8])])
+    assert steps.max() < 0.1 + 1e-6

@@ -335,16 +335,21 @@ def test_wrong_arguments_of_forced_photometry(red, change, error, text):
 # -- joint fits: closed forms ----------------------------------------------------------------
 
 
-def test_bands_in_proportion_are_one_band_with_less_noise(rng):
+@pytest.mark.parametrize("structure", [0.0, 1.0])
+def test_bands_in_proportion_are_one_band_with_less_noise(rng, structure):
     # d_2 = c d_1: shapes as from d_1 with 1 / s^2 = 1 / s_1^2 + c^2 / s_2^2
     image = drawn(PAIR, [500, 300], SHARP) + rng.normal(0, 0.1, SHAPE)
     c, s_1, s_2 = 0.6, 0.2, 0.15
     options = {"model": SersicGalaxy2D(), "psf": SHARP, "fitter": EXACT, "position_prior": 0.3}
+    images, sigmas = {"r": image, "g": c * image}, {"r": s_1, "g": s_2}
     together = deblend_bands(
-        {"r": image, "g": c * image}, PAIR[:, 1:3], uncertainty={"r": s_1, "g": s_2}, **options
+        images, PAIR[:, 1:3], uncertainty=sigmas, structure=structure, **options
     )
     sigma = 1 / np.sqrt(s_1**-2 + c**2 * s_2**-2)
-    alone = deblend(image, PAIR[:, 1:3], uncertainty=sigma, structure=0, **options)
+    alone, true = (
+        deblend(image, PAIR[:, 1:3], uncertainty=sigma, structure=s, **options)
+        for s in (structure, 0)
+    )
     errors = np.sqrt(np.diagonal(alone.cov)).reshape(2, 7)
     for k in range(2):
         found = together.params[k]
@@ -356,8 +361,20 @@ def test_bands_in_proportion_are_one_band_with_less_noise(rng):
     # the curvature depends a little on where the fit stops
     assert_allclose(np.diagonal(together.cov)[shape], np.diagonal(alone.cov)[single], rtol=2e-2)
     # fluxes: what each band knows given the shapes, and what both do not know of the shapes
-    forced = forced_photometry(alone, image, psf=SHARP, uncertainty=s_1, shape_uncertainty=True)
-    assert_allclose(together.flux_cov[::2, ::2], forced.flux_cov.toarray(), rtol=2e-2)
+    forced = forced_photometry(true, image, psf=SHARP, uncertainty=s_1, shape_uncertainty=True)
+    # light that models do not have does the same to the flux in r as in one band
+    missed = alone.flux_cov - true.flux_cov
+    assert (missed.any() and structure) or not structure
+    assert_allclose(together.flux_cov[::2, ::2], forced.flux_cov.toarray() + missed, rtol=2e-2)
+    # and nothing to the colour: it is the same in both
+    color_errors = [
+        deblend_bands(images, PAIR[:, 1:3], uncertainty=sigmas, structure=s, **options)
+        .color("g", "r")[1]
+        for s in (structure, 0)
+    ]  # fmt: skip
+    assert_allclose(*color_errors, rtol=1e-3)
+    assert_allclose(together["g"].flux_cov, together.flux_cov[1::2, 1::2], rtol=1e-6)
+    assert_allclose(together["r"].flux_cov, together.flux_cov[::2, ::2], rtol=1e-6)
 
 
 def test_one_source_in_a_large_image(rng):
@@ -457,6 +474,7 @@ def colored():
         uncertainty=0.4,
         component_colors=True,
         position_prior=0.5,
+        structure=0,  # models are true
         max_group=2,
     )
     return flux, images, result
@@ -527,12 +545,12 @@ def test_learned_galaxies_in_two_bands(rng):
         drawn(params, flux[:, b], psf, model=lambda: model) + rng.normal(0, 0.5, SHAPE)
         for b, psf in enumerate((SHARP, WIDE))
     ]
-    options = {"psf": [SHARP, WIDE], "uncertainty": 0.5}
+    options = {"psf": [SHARP, WIDE], "uncertainty": 0.5, "structure": 0}
     result = deblend_bands(images, params[:, 1:3], **options)  # the default model
     assert (np.abs(result.flux - flux) < 3.5 * result.flux_err).all()
     for band in result.bands:
         assert np.nanstd(result.residual_image(band)) < 1.1 * 0.5
-    single = deblend(images[1], params[:, 1:3], psf=WIDE, uncertainty=0.5)
+    single = deblend(images[1], params[:, 1:3], psf=WIDE, uncertainty=0.5, structure=0)
     assert (result.flux_err[:, 1] < single.flux_err).all()
     wary = deblend_bands(
         images, params[:, 1:3], model=model, fitter=MAPFitter(noise=LearnedNoise()), **options
@@ -647,6 +665,8 @@ def test_nothing_to_fit_is_an_empty_result():
         ({"fitter": MAPFitter(priors={"flux": Normal(1, 1)})}, ValueError, "flux of its own"),
         ({"background": "steep"}, ValueError, "background"),
         ({"max_group": 0}, ValueError, "max_group"),
+        ({"structure": -1}, ValueError, "structure"),
+        ({"structure": np.nan}, ValueError, "structure"),
     ],
 )
 def test_wrong_arguments_of_joint_fits(change, error, text):

@@ -16,6 +16,11 @@ import torch
 
 __all__ = ["LeastSquaresResult", "Problem", "levenberg_marquardt"]
 
+# share of the promised gain below which the curvature is said to be too small; how far, in
+# conditional standard deviations, a coordinate must go to tell; the most that is added, in terms
+# of the curvature; and how much is left of it after a good step
+_POOR, _TELLING, _STIFFEST, _FORGET = 0.25, 0.1, 3.0, 0.5
+
 
 @dataclass
 class Linearisation:
@@ -197,6 +202,8 @@ def levenberg_marquardt(
     tolerance: float = 1e-3,
     relative_tolerance: float = 0.0,
     window: int = 128,
+    longest: torch.Tensor | None = None,
+    stiffen: bool = False,
     rows: torch.Tensor | None = None,
     monitor: Callable[[int], None] | None = None,
 ) -> LeastSquaresResult:
@@ -219,6 +226,10 @@ def levenberg_marquardt(
         The same, as a fraction of chi-square.
     window : int, optional
         How many problems are worked on at once.
+    longest : tensor, shape (U,), optional
+        How far each coordinate may go in one step; longer steps are shortened as a whole.
+    stiffen : bool, optional
+        Whether to learn from the steps what the curvature lacks, for models that bend much.
     rows : tensor of int, shape (b,), optional
         Which problems to solve; all by default.  Other rows of the result keep their start.
     monitor : callable, optional
@@ -233,6 +244,11 @@ def levenberg_marquardt(
     The damping follows Marquardt (1963) with a gain that adapts to the ratio of the actual
     and the predicted decrease.  A coordinate that is at a bound, with a gradient that
     points outside, is left out of the step.
+
+    The curvature is that of Gauss and Newton, which lacks a term with the residuals.  With
+    ``stiffen``, where a step gains much less than it promises, the curvature along the coordinates
+    that overshoot is raised to what the change of the gradient shows (as in Dennis, Gay & Welsch
+    1981, ACM TOMS 7, 348, but for the diagonal alone), so that the others need no damping.
     """
     evaluate = _Evaluator(problem)
     size = u.shape[1]
@@ -243,8 +259,10 @@ def levenberg_marquardt(
         now = todo[:window]
         if monitor is not None:
             monitor(todo.numel())
-        trial = state.propose(now, lower, upper, problem)
+        trial = state.propose(now, lower, upper, problem, longest)
         new = evaluate(trial, now)
+        if stiffen:
+            state.stiffen(now, trial, new)
         done = state.update(now, trial, new, tolerance, relative_tolerance)
         finished = done | state.check(
             now, lower, upper, max_iter, tolerance, relative_tolerance, problem
@@ -263,6 +281,7 @@ class _State:
     gradient: torch.Tensor
     hessian: torch.Tensor
     linear: torch.Tensor
+    stiffness: torch.Tensor  # what the curvature lacks along each unknown
     damping: torch.Tensor
     growth: torch.Tensor
     n_iter: torch.Tensor
@@ -281,6 +300,7 @@ class _State:
             gradient=new((batch, full)),
             hessian=new((batch, full, full)),
             linear=new((batch, 1 + nb)),
+            stiffness=new((batch, full)),
             damping=new(batch) + 1e-2,
             growth=new(batch) + 3.0,
             n_iter=torch.zeros(batch, dtype=torch.long, device=u.device),
@@ -302,7 +322,7 @@ class _State:
         self, now: torch.Tensor, free: torch.Tensor, damping: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         size = self.u.shape[1]
-        matrix = self.hessian[now].clone()
+        matrix = self.hessian[now] + torch.diag_embed(self.stiffness[now])
         mask = free.to(matrix.dtype)
         matrix = matrix * mask[:, :, None] * mask[:, None, :]
         diagonal = torch.diagonal(matrix, dim1=-2, dim2=-1)
@@ -313,22 +333,21 @@ class _State:
         diagonal += (1.0 - mask) + 1e-30
         return matrix, self.gradient[now] * mask
 
-    def propose(self, now, lower, upper, problem):
+    def propose(self, now, lower, upper, problem, longest):
         size = self.u.shape[1]
         fresh = torch.isinf(self.cost[now])
         free = self._free(now, lower, upper)
         step = _normalised_solve(*self._system(now, free, self.damping[now]))[:, :size]
         step = torch.where(fresh[:, None], torch.zeros_like(step), step)
+        if longest is not None:
+            step = step / (step.abs() / longest).amax(1, keepdim=True).clamp_min(1.0)
         trial = (self.u[now] + step).clamp(lower[now], upper[now])
         return problem.project(trial, now)
 
     def update(self, now, trial, new, tolerance, relative_tolerance):
         """Accept what lowers the cost; return which problems can't be improved any more."""
-        size = self.u.shape[1]
         old = self.cost[now]
-        step = trial - self.u[now]
-        curved = (step[:, None] @ self.hessian[now][:, :size, :size])[:, 0]
-        predicted = ((2 * self.gradient[now, :size] - curved) * step).sum(1)
+        predicted = self._predicted(now, trial - self.u[now])
         better = new["cost"] <= old
         gain = old - new["cost"]
         enough = tolerance + relative_tolerance * old
@@ -349,6 +368,28 @@ class _State:
         settled = self.idle[now] >= 3
         self.converged[now[settled]] = True
         return settled | (self.damping[now] > 1e12) | torch.isinf(self.cost[now])
+
+    def _predicted(self, now, step) -> torch.Tensor:
+        """By how much steps (b, U) should lower the cost."""
+        size = step.shape[1]
+        curved = (step[:, None] @ self.hessian[now][:, :size, :size])[:, 0]
+        return ((2 * self.gradient[now, :size] - curved) * step).sum(1)
+
+    def stiffen(self, now, trial, new) -> None:
+        """Learn from steps that promised too much what the curvature lacks."""
+        size, step = trial.shape[1], trial - self.u[now]
+        poor = self.cost[now] - new["cost"] < _POOR * self._predicted(now, step)
+        hessian, seen = self.hessian[now], torch.isfinite(self.cost[now]) & new["cost"].isfinite()
+        solved = self.linear.shape[1] - (hessian.shape[1] - size)
+        whole = torch.cat([step, (new["linear"] - self.linear[now])[:, solved:].to(step)], 1)
+        change = self.gradient[now, :size] - new["gradient"][:, :size]
+        lacking = change - (whole[:, None] @ hessian)[:, 0, :size]
+        diagonal = torch.diagonal(hessian, dim1=1, dim2=2)[:, :size].clamp_min(0)
+        told = (step.square() * diagonal > _TELLING**2) & seen[:, None]
+        lacking = (lacking / step.where(told, 1.0)).clamp_min(0).minimum(_STIFFEST * diagonal)
+        before = self.stiffness[now, :size]
+        after = torch.where(told, lacking, before)
+        self.stiffness[now, :size] = torch.where(poor[:, None], after, _FORGET * before)
 
     def check(self, now, lower, upper, max_iter, tolerance, relative_tolerance, problem):
         """Which problems have converged (their last step is taken here) or run out."""
