@@ -1,6 +1,7 @@
 """Do all posteriors agree?  Laplace, importance sampling and Hamiltonian chains against emcee.
 
 python benchmarks/posteriors.py --data FOLDER
+python benchmarks/posteriors.py --learned 8 --out posteriors_learned.txt
 
 Sérsic fits of 20 real galaxies (KiDS in r, as in left_out_pixels.py), every method with the same
 priors; long runs of emcee are the reference.  Then the time of each on simulated 64 x 64 stamps.
@@ -21,7 +22,6 @@ from left_out_pixels import kids  # noqa: E402
 
 from galmorph import (  # noqa: E402
     PSF,
-    EncoderFitter,
     ImportanceFitter,
     LearnedGalaxy2D,
     MAPFitter,
@@ -112,40 +112,54 @@ def speed(report: Report, count: int) -> None:
         if "ess" in result.extra:
             extra += f"effective draws {np.median(result.extra['ess']):.0f} (median)"
         report(f"    {name:38s} {seconds:7.3f} s a galaxy  {extra}")
-    model = LearnedGalaxy2D.from_pretrained(flux=3000, x_0=31.5, y_0=31.5, r_50=6)
-    few = min(8, count)
-    drawn = model.render((64, 64), params=model.sample(few, rng=2), psf=psf)
-    drawn *= (100 / np.sqrt((drawn**2).sum((1, 2))))[:, None, None]
-    data = drawn + rng.standard_normal(drawn.shape)
-    for name, fitter in {
-        "learned, EncoderFitter": EncoderFitter(),
-        "learned, ImportanceFitter": ImportanceFitter(rng=1, fallback=False),
-        "learned, the same from the encoder": ImportanceFitter(
-            rng=1, fallback=False, proposal="encoder"
-        ),
-    }.items():
-        began = time.perf_counter()
-        result = fit_images(data, model, fitter, uncertainty=1.0, psf=psf)
-        seconds = (time.perf_counter() - began) / few
-        khat = result.extra.get("khat")
-        extra = "" if khat is None else f"k: {np.round(np.sort(khat), 2).tolist()}"
-        report(f"    {name:38s} {seconds:7.3f} s a galaxy  {extra}")
+
+
+def learned(report: Report, count: int, snrs: list[float], size: int) -> None:
+    """Learned galaxies: weighted draws and chains, without priors but that of the latents."""
+    y, x = np.mgrid[:25, :25] - 12
+    psf = PSF(np.exp(-0.5 * (x**2 + y**2) / 1.5**2))
+    middle = 0.5 * (size - 1)
+    model = LearnedGalaxy2D.from_pretrained(flux=3000, x_0=middle, y_0=middle, r_50=6)
+    report(f"\n  Learned galaxies, {count} at each S/N on {size} x {size} pixels, a batch")
+    for snr in snrs:
+        drawn = model.render((size, size), params=model.sample(count, rng=2), psf=psf)
+        drawn *= (snr / np.sqrt((drawn**2).sum((1, 2))))[:, None, None]
+        data = drawn + np.random.default_rng(1).standard_normal(drawn.shape)
+        for name, fitter in {
+            "ImportanceFitter, 1,000 draws": ImportanceFitter(rng=1, fallback=False),
+            "MCMCFitter, one block of 4 x 500": MCMCFitter(rng=1, blocks=1),
+        }.items():
+            began, busy = time.perf_counter(), time.process_time()
+            result = fit_images(data, model, fitter, uncertainty=1.0, psf=psf)
+            seconds = (time.perf_counter() - began) / count
+            busy = (time.process_time() - busy) / count
+            parts = [f"S/N {snr:<4g} {name:33s} {seconds:6.1f} s a galaxy, {busy:.1f} s of a core"]
+            for key, digits in (("khat", 2), ("rhat", 3), ("ess", 0)):
+                if key in result.extra:
+                    values = np.sort(result.extra[key]).round(digits)
+                    parts.append(f"{key} {values.tolist()}")
+            report("    " + ", ".join(parts))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="without, only learned galaxies")
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--timed", type=int, default=96)
+    parser.add_argument("--learned", type=int, default=8)
+    parser.add_argument("--snr", type=float, nargs="+", default=[10, 30, 100, 300])
+    parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", default=RESULTS / "posteriors.txt", help="'-' for none")
     args = parser.parse_args()
     report = Report("Posteriors: agreement and speed")
     report("")
-    agreement(report, args.data, args.n, args.steps)
-    speed(report, args.timed)
+    if args.data is not None:
+        agreement(report, args.data, args.n, args.steps)
+        speed(report, args.timed)
+    learned(report, args.learned, args.snr, args.size)
     report.write(None if args.out == "-" else args.out)
 
 

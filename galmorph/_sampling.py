@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,9 +12,11 @@ import torch
 from galmorph._batchfit import BatchSetup, one_thread
 from galmorph._target import GalaxyTarget, Target
 from galmorph.inference.mcmc import (
+    Chains,
     Mixture,
     Proposal,
     Streams,
+    Weighted,
     adapt_mixture,
     climb,
     importance_draws,
@@ -22,6 +24,13 @@ from galmorph.inference.mcmc import (
     sample_chains,
 )
 from galmorph.inference.nested import nested_sampling
+from galmorph.inference.surrogate import (
+    Mode,
+    learn_modes,
+    refine,
+    sample_through_surrogates,
+    weigh_surrogates,
+)
 from galmorph.models.learned import LearnedGalaxy2D
 from galmorph.psf import PSF
 
@@ -38,6 +47,10 @@ _ADAPTABLE = 16
 _PILOT = (120, 160, 240, 400)
 _PILOT_OF_MANY = (500, 500, 500, 500, 500, 500)
 _AGAIN = (1000, 1000, 1000)
+# blocks of chains where a step takes milliseconds: what has not converged then is flagged
+_MOST_BLOCKS = 3
+# galaxies that are sampled together where much is known of each
+_TOGETHER = 16
 # how often weighted draws may be made until their weights can be trusted
 _ATTEMPTS = 3
 # minus the logarithm of a likelihood that is nothing
@@ -81,6 +94,8 @@ class Start:
     streams : Streams
     adapted : bool
         Whether the mixture follows the target already.
+    known : dict
+        Stand-ins for the density of galaxies.
     """
 
     target: Target
@@ -89,6 +104,7 @@ class Start:
     mixture: Mixture
     streams: Streams
     adapted: bool = False
+    known: dict[int, list[Mode]] = field(default_factory=dict)
 
     @classmethod
     def at(
@@ -126,6 +142,7 @@ class Start:
             self.mixture.part(index),
             self.streams.part(rows.tolist()),
             self.adapted,
+            {i: self.known[row] for i, row in enumerate(rows.tolist()) if row in self.known},
         )
 
     def find_modes(self) -> None:
@@ -140,6 +157,21 @@ class Start:
         log_share = 0.5 * torch.stack(height, 1)
         log_share = log_share - log_share.max(1, keepdim=True).values
         self.mixture = Mixture.of(found, log_share.nan_to_num(nan=-9.0).clamp_min(-3.0))
+
+    def learned(self, rows: torch.Tensor) -> list[list[Mode]]:
+        """Stand-ins for the density of galaxies, at each mode."""
+        new = torch.as_tensor([r for r in rows.tolist() if r not in self.known], dtype=torch.long)
+        if len(new):
+            centre, root = _Turns(self).wrapped(self.mixture.centre), self.mixture.root
+            modes = [Proposal(centre[:, k], root[:, k]) for k in range(centre.shape[1])]
+            found = learn_modes(self.target, modes, new.to(rows.device), self.streams)
+            self.known |= dict(zip(new.tolist(), found, strict=True))
+        return [self.known[row] for row in rows.tolist()]
+
+    def forget(self, rows: torch.Tensor) -> None:
+        """Leave the stand-ins of some galaxies, which are large."""
+        for row in rows.tolist():
+            self.known.pop(row, None)
 
     def laplace_evidence(self, proposal: Proposal) -> torch.Tensor:
         """Logarithm of the integral of a mode, by its normal approximation, (B,)."""
@@ -177,6 +209,12 @@ class _Part:
 
     def log_prob_and_slope(self, v: torch.Tensor, rows: torch.Tensor):
         return self._target.log_prob_and_slope(v, self._index[rows])
+
+    def model_at(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return self._target.model_at(v, self._index[rows])
+
+    def expanded(self, v: torch.Tensor, rows: torch.Tensor, reference: torch.Tensor):
+        return self._target.expanded(v, self._index[rows], reference)
 
     def to_params(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         return self._target.to_params(v, self._index[rows])
@@ -227,7 +265,10 @@ def _to_params(target: Target, v: torch.Tensor, rows: torch.Tensor | None = None
 def importance(start: Start, count: int, *, draws: bool = True) -> dict[str, np.ndarray]:
     """Weighted draws: samples (B, S, P + nb), weights (B, S), evidence, and what it is worth."""
     start.adapt()
-    drawn = importance_draws(start.target, start.mixture, start.rows, count, start.streams)
+    if has_latents(start.target):
+        drawn = _weighted(start, count)
+    else:
+        drawn = importance_draws(start.target, start.mixture, start.rows, count, start.streams)
     if start.target.size <= _ADAPTABLE:
         for _ in range(_ATTEMPTS - 1):
             again = start.rows[torch.as_tensor(~(drawn.khat <= KHAT), device=start.rows.device)]
@@ -255,23 +296,15 @@ def importance(start: Start, count: int, *, draws: bool = True) -> dict[str, np.
 def markov_chains(
     start: Start, *, chains: int, draws: int, blocks: int, rhat: float, ess: float, keep: int
 ) -> dict[str, np.ndarray]:
-    """Draws of chains: samples (B, keep, P + nb), chain after chain, rhat and ess."""
-    start.adapt()
-    frame = start.mixture.moments() if start.target.size <= _ADAPTABLE else start.proposal
-    drawn = importance_draws(start.target, start.mixture, start.rows, _PILOT[-1], start.streams)
-    places = resample(drawn, start.rows, chains, start.streams)
-    made = sample_chains(
-        start.target,
-        frame,
-        places,
-        start.streams,
-        mixture=start.mixture,
-        draws=draws,
-        blocks=blocks,
-        rhat=rhat,
-        ess=ess,
-        summarise=lambda v, at: _told(start.target, v),
-    )
+    """Draws of chains: samples (B, keep, P + nb), chain after chain, rhat and ess.
+
+    Those of galaxies with many coordinates are run three times at most.
+    """
+    if has_latents(start.target):
+        blocks = min(blocks, _MOST_BLOCKS)
+    asked = {"draws": draws, "blocks": blocks, "rhat": rhat, "ess": ess}
+    asked["summarise"] = lambda v, at: _told(start.target, v)
+    made = (_through_surrogates if has_latents(start.target) else _directly)(start, chains, asked)
     per_chain = max(1, keep // chains)
     at = np.unique(np.linspace(0, draws - 1, min(per_chain, draws)).round().astype(int))
     v = made.v[:, :, at].flatten(1, 2)
@@ -281,6 +314,94 @@ def markov_chains(
         "ess": made.ess,
         "acceptance": made.acceptance,
     }
+
+
+def has_latents(target: Target) -> bool:
+    """Whether coordinates are many, as of learned galaxies."""
+    latent = any(axis.kind == "latent" for axis in target.axes)
+    return latent and target.size > _ADAPTABLE
+
+
+def _directly(start: Start, chains: int, asked: dict[str, Any]) -> Chains:
+    """Chains by Hamiltonian trajectories and what importance sampling has found."""
+    start.adapt()
+    frame = start.mixture.moments() if start.target.size <= _ADAPTABLE else start.proposal
+    drawn = importance_draws(start.target, start.mixture, start.rows, _PILOT[-1], start.streams)
+    places = resample(drawn, start.rows, chains, start.streams)
+    return sample_chains(start.target, frame, places, start.streams, mixture=start.mixture, **asked)
+
+
+def _through_surrogates(start: Start, chains: int, asked: dict[str, Any]) -> Chains:
+    """Chains through stand-ins for the density, of some galaxies at a time."""
+    start.adapt()
+    inside = _Turns(start).inside
+    parts = []
+    for rows in start.rows.split(_TOGETHER):
+        modes = start.learned(rows)
+        pilot = weigh_surrogates(start.target, modes, rows, _PILOT[0], start.streams, inside=inside)
+        for i in np.flatnonzero(pilot.ess < 0.5 * _PILOT[0]):
+            refine(modes[i], pilot.v[i], pilot.log_weight[i])
+        own = sample_through_surrogates(
+            start.target, modes, rows, start.streams, chains=chains, inside=inside, **asked
+        )
+        start.forget(rows)
+        parts.append(own)
+    return _joined(parts)
+
+
+def _weighted(start: Start, count: int) -> Weighted:
+    """Draws from stand-ins for the density, of some galaxies at a time."""
+    inside = _Turns(start).inside
+    parts = []
+    for rows in start.rows.split(_TOGETHER):
+        modes = start.learned(rows)
+        own = weigh_surrogates(start.target, modes, rows, count, start.streams, inside=inside)
+        for _ in range(_ATTEMPTS - 1):
+            again = torch.nonzero(torch.as_tensor(~(own.khat <= KHAT)))[:, 0].to(rows.device)
+            if not len(again):
+                break
+            bad = [modes[i] for i in again.tolist()]
+            for i, mode in zip(again.tolist(), bad, strict=True):
+                refine(mode, own.v[i], own.log_weight[i])
+            new = weigh_surrogates(
+                start.target, bad, rows[again], count, start.streams, inside=inside
+            )
+            own.put(again, new)
+        start.forget(rows[torch.as_tensor(own.khat <= KHAT, device=rows.device)])
+        parts.append(own)
+    return _joined(parts)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One of many, whose fields are arrays or tensors of some galaxies."""
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    join = [torch.cat if isinstance(own[0], torch.Tensor) else np.concatenate for own in fields]
+    fields = zip(*(vars(part).values() for part in parts), strict=True)
+    return type(parts[0])(*(put(own) for put, own in zip(join, fields, strict=True)))
+
+
+class _Turns:
+    """One turn of angles that are as likely after another one: a quarter before the fit and on."""
+
+    def __init__(self, start: Start) -> None:
+        self.angles = [
+            c
+            for axis in start.target.axes
+            if axis.kind == "angle" and not start.target._needs_value(axis)
+            for c in axis.coordinates
+        ]
+        self.first = start.v[:, self.angles] - 0.5 * np.pi
+
+    def wrapped(self, v: torch.Tensor) -> torch.Tensor:
+        """The same places (B, K, D) within the turn."""
+        v, first = v.clone(), self.first[:, None]
+        v[..., self.angles] = first + torch.remainder(v[..., self.angles] - first, 2 * np.pi)
+        return v
+
+    def inside(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Whether points (M, D) are within it."""
+        on = v[:, self.angles] - self.first[rows]
+        return ((on >= 0) & (on < 2 * np.pi)).all(1)
 
 
 def _told(target: Target, v: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 
 from galmorph._batchfit import BatchSetup, one_thread
-from galmorph._sampling import _ADAPTABLE, KHAT, Start, importance, make_target, markov_chains
+from galmorph._sampling import (
+    _ADAPTABLE,
+    KHAT,
+    Start,
+    has_latents,
+    importance,
+    make_target,
+    markov_chains,
+)
 from galmorph._scenes import Group, Scene, Work, _cut, _light, _shifted
 from galmorph._target import _BACKGROUND_RANGE, _WIDE, Axis, Target
 from galmorph.inference.least_squares import Linearisation
@@ -299,7 +307,8 @@ def _draw(start: Start, method: str, n: int, rng: np.random.Generator) -> tuple[
     Weighted ones are not tried where there are too many coordinates to fit proposals in, and not
     kept where few of them have most of the weight.
     """
-    if method == "importance" and start.target.size <= _ADAPTABLE:
+    few = start.target.size <= _ADAPTABLE
+    if method == "importance" and (few or has_latents(start.target)):
         found = importance(start, max(_LEAST, _EACH * n))
         if found["khat"][0] <= KHAT:
             edges = found["weights"][0].cumsum()

@@ -496,7 +496,10 @@ class Target:
         return total, by
 
     def _likelihood_and_slope(self, v, rows):
-        lin = self.linearise(v, rows)
+        return self._of_linearised(self.linearise(v, rows), v, rows)
+
+    def _of_linearised(self, lin: Linearisation, v, rows):
+        """Log-likelihood (M,) and its derivative (M, D), of images and columns."""
         amplitude = lin.amplitude.to(lin.columns.dtype)
         model = self._with_background(amplitude[:, None] * lin.columns[:, 0], v)
         if self._plain:
@@ -518,6 +521,59 @@ class Target:
         slope[:, walked:] = (score @ self.templates.T).to(_WIDE)
         return value, slope
 
+    # -- what the pixels tell, one by one ----------------------------------------------
+
+    def model_at(self, v: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Images (M, npix) with their background, in units of the noise."""
+        return self._with_background(self.image(v, rows), v)
+
+    def expanded(
+        self, v: torch.Tensor, rows: torch.Tensor, reference: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-posterior, and the residuals that most of it is a sum of squares of.
+
+        Parameters
+        ----------
+        v : tensor, shape (M, D)
+            At most as many as `window`.
+        rows : tensor of int, shape (M,)
+        reference : tensor, shape (M, npix)
+            Images by which pixels are weighted, where the noise depends on the model.
+
+        Returns
+        -------
+        log_prob : tensor, shape (M,)
+        slope : tensor, shape (M, D)
+        residuals : tensor, shape (M, npix)
+            In units of the noise.
+        by : tensor, shape (M, D, npix)
+            Derivatives of the residuals.
+        """
+        total, slope = self._prior(v, rows)
+        lin = self.linearise(v, rows)
+        value, by_pixels = self._of_linearised(lin, v, rows)
+        images, chain = self._images_and_chain(lin, v)
+        model = lin.amplitude.to(images.dtype)[:, None] * lin.columns[:, 0]
+        rest = self.data[rows] - self._with_background(model, v)
+        rest = self._weighted(rest[:, None], reference, rows)[:, 0]
+        images = self._weighted(images, reference, rows)
+        by = -(chain.to(images.dtype).transpose(1, 2) @ images)
+        return total + value, slope + by_pixels, rest, by
+
+    def _images_and_chain(self, lin: Linearisation, v) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (M, R, npix), and how these go with the coordinates, (M, R, D)."""
+        nb, walked = len(self.templates), self.walked
+        images = lin.columns
+        if nb:
+            images = torch.cat([images, self.templates.expand(len(v), -1, -1)], 1)
+        chain = v.new_zeros((len(v), images.shape[1], walked + nb))
+        n_raw = lin.columns.shape[1] - 1
+        chain[:, 1 : 1 + n_raw, :walked] = lin.amplitude[:, None, None] * lin.chain
+        chain[:, 0, :walked] = lin.amplitude_chain
+        for i in range(nb):
+            chain[:, 1 + n_raw + i, walked + i] = 1.0
+        return images, chain
+
     # -- a normal distribution to start from -------------------------------------------
 
     def other_starts(self, v: torch.Tensor, streams: Any) -> list[torch.Tensor]:
@@ -536,20 +592,11 @@ class Target:
 
     def _curvature(self, v, rows):
         lin = self.linearise(v, rows)
-        nb, walked = len(self.templates), self.walked
-        images = lin.columns
-        if nb:
-            images = torch.cat([images, self.templates.expand(len(v), -1, -1)], 1)
+        images, chain = self._images_and_chain(lin, v)
         model = lin.amplitude.to(images.dtype)[:, None] * lin.columns[:, 0]
         images = self._weighted(images, self._with_background(model, v), rows)
         gram = (images @ images.transpose(1, 2)).to(_WIDE)
-        full = v.new_zeros((len(v), images.shape[1], walked + nb))
-        n_raw = lin.columns.shape[1] - 1
-        full[:, 1 : 1 + n_raw, :walked] = lin.amplitude[:, None, None] * lin.chain
-        full[:, 0, :walked] = lin.amplitude_chain
-        for i in range(nb):
-            full[:, 1 + n_raw + i, walked + i] = 1.0
-        hessian = full.transpose(1, 2) @ gram @ full
+        hessian = chain.transpose(1, 2) @ gram @ chain
         return self._closed(hessian, v, rows)
 
     def _weighted(self, images, model, rows):

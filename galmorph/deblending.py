@@ -256,8 +256,9 @@ class SceneResult:
             ``"laplace"``: the normal approximation of the fit, in which radii and indices are
             normal in their logarithm, ellipses in -ln(q) (cos 2 theta, sin 2 theta).
             ``"mcmc"``: Markov chains, as of `MCMCFitter`.  ``"importance"``: weighted draws, as of
-            `ImportanceFitter`, resampled; groups of more than 16 free parameters, and those whose
-            weights cannot be trusted, are sampled by chains.
+            `ImportanceFitter`, resampled; groups of more than 16 free parameters, if none
+            of their galaxies is learned, and those whose weights cannot be trusted, are sampled by
+            chains.
 
         Returns
         -------

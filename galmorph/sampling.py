@@ -218,7 +218,9 @@ class MCMCFitter(_PosteriorFitter):
     Notes
     -----
     ``params`` of the result are those of the maximum-posterior fit; `FitResult.posterior` has
-    means and quantiles.  ``extra`` holds ``rhat``, ``ess`` and ``acceptance``.  Hamiltonian
+    means and quantiles.  ``extra`` holds ``rhat``, ``ess`` and ``acceptance``.  Learned galaxies
+    are sampled through functions that stand in for their posterior, three blocks at most, and
+    every step is taken or not by the posterior itself (Christen & Fox 2005).  Hamiltonian
     trajectories (Duane et al. 1987) are of random length, in coordinates that importance
     sampling has made round; R-hat and effective sample size are those of Vehtari et al. (2021).
 
@@ -284,8 +286,10 @@ class ImportanceFitter(_PosteriorFitter):
     Draws come from Student t distributions about the maximum-posterior fit (or, for learned
     galaxies, about what the encoder tells) and about other modes: of several components, those
     reached from other shapes; of a learned galaxy, the opposite direction.  With up to 16
-    coordinates these are fitted to the posterior in a few rounds.  The draws are weighted by the
-    posterior, and the largest weights smoothed; where they are too large, chains take over.
+    coordinates these are fitted to the posterior in a few rounds; those of learned galaxies are
+    drawn from a function that stands in for the posterior, and is learned from some 200 images
+    and their derivatives at each mode.  The draws are weighted by the posterior, and the largest
+    weights smoothed; where they are too large, chains take over.
 
     Parameters
     ----------
@@ -293,9 +297,9 @@ class ImportanceFitter(_PosteriorFitter):
         Where draws come from; ``"encoder"`` only for learned galaxies, and without a fit.
     fallback : bool, optional
         Whether galaxies whose Pareto k is above 0.7 are sampled by `MCMCFitter` instead;
-        otherwise they are flagged WEIGHTS, as those are for which that fails.  Beyond 16
-        coordinates, as of learned galaxies, chains take a minute or more each, are run once and
-        often fail: ``fallback=False`` says so at once.
+        otherwise they are flagged WEIGHTS, as those are for which that fails.  Chains of faint
+        learned galaxies take a minute or more each and often fail: ``fallback=False`` says so
+        at once.
     priors, noise, rng, n_samples, max_iter, max_shift, device, dtype, batch_size
         As for `MCMCFitter`.
 
@@ -353,8 +357,8 @@ class ImportanceFitter(_PosteriorFitter):
             start.part(bad),
             chains=4,
             draws=500,
-            # with many coordinates a block takes minutes, and what it lacks is flagged
-            blocks=5 if start.target.size <= _ADAPTABLE else 1,
+            # with many coordinates a block is long, and what it lacks is flagged
+            blocks=5 if start.target.size <= _ADAPTABLE else 2,
             rhat=1.01,
             ess=400.0,
             keep=self.n_samples,

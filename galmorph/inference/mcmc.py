@@ -23,10 +23,13 @@ __all__ = [
     "Mixture",
     "Proposal",
     "Streams",
+    "Weighted",
     "adapt_mixture",
     "climb",
     "importance_draws",
+    "run_chains",
     "sample_chains",
+    "weigh",
 ]
 
 _WIDE = torch.float64
@@ -295,16 +298,22 @@ def importance_draws(
     mixture = Mixture.of([proposal]) if isinstance(proposal, Proposal) else proposal
     v = mixture.draw(streams, rows, count)
     log_prob = _log_prob(target, v, rows)
-    ratio = (log_prob - mixture.log_density(v, rows)).cpu().numpy()
+    return weigh(v, log_prob, mixture.log_density(v, rows))
+
+
+def weigh(v: torch.Tensor, log_prob: torch.Tensor, drawn_by: torch.Tensor) -> Weighted:
+    """Weigh draws (g, S, D) by their density (g, S), and that by which they were drawn (g, S)."""
+    ratio = torch.nan_to_num(log_prob - drawn_by, nan=-torch.inf).cpu().numpy()
     smooth, khat = pareto_smooth(ratio)
     usable = np.isfinite(smooth).any(1)
-    square = np.logaddexp.reduce(np.where(usable[:, None], 2 * smooth, 0.0), axis=1).clip(-700)
+    doubled = 2 * np.maximum(np.where(usable[:, None], smooth, 0.0), -1e300)
+    square = np.logaddexp.reduce(doubled, axis=1).clip(-700)
     ess = np.where(usable, np.exp(-square), 0.0)
     top = ratio.max(1)
     with np.errstate(invalid="ignore"):
         share = np.exp(ratio - top[:, None])
         evidence = top + np.log(share.mean(1))
-        error = share.std(1, ddof=1) / (np.sqrt(count) * share.mean(1))
+        error = share.std(1, ddof=1) / (np.sqrt(ratio.shape[1]) * share.mean(1))
     return Weighted(
         v=v,
         log_weight=torch.as_tensor(smooth).to(v),
@@ -502,7 +511,7 @@ class _Walkers:
 
     def __init__(self, target, proposal, mixture, rows, start, streams):
         self.target, self.proposal, self.rows, self.streams = target, proposal, rows, streams
-        self.mixture, self.ahead = mixture, None
+        self.mixture, self.known, self.ahead = mixture, mixture, None
         self.v = start.clone()
         self.log_prob = _log_prob(target, start, rows)
         g = len(rows)
@@ -618,13 +627,33 @@ class _Walkers:
             for name in _Walkers._STATE:
                 getattr(self, name)[gliding] = getattr(part, name)
 
+    def rescue(self) -> None:
+        """A chain that starts where there is no density starts beside one that does not."""
+        every = torch.arange(len(self.rows), device=self.v.device)
+        best = self.log_prob.argmax(1)
+        lost = ~torch.isfinite(self.log_prob)
+        there = self.v[every, best][:, None].expand_as(self.v)
+        self.v = torch.where(lost[..., None], there, self.v)
+        self.log_prob = torch.where(lost, self.log_prob[every, best][:, None], self.log_prob)
+
+    def acceptance(self) -> np.ndarray:
+        """Of the steps that are accepted more often, (g,)."""
+        return torch.maximum(self.accepted, self.independent).numpy()
+
+    def learn(self, draws: torch.Tensor) -> None:
+        """Move the frame to where the chains (g, C, T, D) were, and propose from there too."""
+        _learn(self.proposal, self.rows, draws)
+        self.mixture = self.known.joined(Mixture.of([self.proposal]))
+        self.independent[:] = 0.5
+        self.stale[:] = True
+
     _STATE = ("v", "log_prob", "slope", "stale", "step", "independent", "accepted")
 
     def part(self, index: torch.Tensor) -> _Walkers:
         """The walkers of some problems."""
         other = object.__new__(_Walkers)
         other.target, other.proposal, other.streams = self.target, self.proposal, self.streams
-        other.mixture, other.ahead = self.mixture, None
+        other.mixture, other.known, other.ahead = self.mixture, self.known, None
         other.rows = self.rows[index]
         for name in _Walkers._STATE:
             setattr(other, name, getattr(self, name)[index].clone())
@@ -676,21 +705,55 @@ def sample_chains(
     -------
     Chains
     """
+    every = torch.arange(len(start), device=start.device)
+    mixture = Mixture.of([proposal]) if mixture is None else mixture
+    return run_chains(
+        _Walkers(target, proposal, mixture, every, start, streams),
+        draws=draws,
+        warm_up=warm_up,
+        blocks=blocks,
+        rhat=rhat,
+        ess=ess,
+        summarise=summarise,
+        monitor=monitor,
+    )
+
+
+def run_chains(
+    walkers: Any,
+    *,
+    draws: int,
+    warm_up: int,
+    blocks: int,
+    rhat: float,
+    ess: float,
+    summarise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    monitor: Callable[[int], None] | None = None,
+) -> Chains:
+    """Run chains of all problems until they have converged, whatever their steps are.
+
+    Parameters
+    ----------
+    walkers : object
+        Chains of problems ``rows`` (G,): where they stand, ``v`` (G, C, D) and ``log_prob``
+        (G, C); ``advance(turn, adapt=...)`` takes a step, ``part(index)`` has some of the
+        problems, ``acceptance()`` is (G,), and ``learn(draws)`` makes the next steps better by
+        what the chains (G, C, T, D) have seen.
+    draws, warm_up, blocks, rhat, ess, summarise, monitor
+        As for `sample_chains`.
+
+    Returns
+    -------
+    Chains
+    """
+    start = walkers.v
     g, chains, size = start.shape
-    every = torch.arange(g, device=start.device)
     kept = start.new_full((g, chains, draws, size), torch.nan)
     kept_log = start.new_full((g, chains, draws), torch.nan)
     worst, least = np.full(g, np.inf), np.zeros(g)
     acceptance = np.zeros(g)
-    mixture = Mixture.of([proposal]) if mixture is None else mixture
-    walkers = _Walkers(target, proposal, mixture, every, start, streams)
     usable = torch.isfinite(walkers.log_prob).any(1)
-    # a chain that starts where there is no density starts beside one that does not
-    best = walkers.log_prob.argmax(1)
-    lost = ~torch.isfinite(walkers.log_prob)
-    there = walkers.v[every, best][:, None].expand_as(walkers.v)
-    walkers.v = torch.where(lost[..., None], there, walkers.v)
-    walkers.log_prob = torch.where(lost, walkers.log_prob[every, best][:, None], walkers.log_prob)
+    walkers.rescue()
     walkers = walkers.part(torch.nonzero(usable)[:, 0])
     for turn in range(warm_up):
         walkers.advance(turn, adapt=True)
@@ -712,18 +775,15 @@ def sample_chains(
         at = here.cpu().numpy()
         worst[at] = split_rhat(values).max(1)
         least[at] = effective_sample_size(values).min(1)
-        acceptance[at] = torch.maximum(walkers.accepted, walkers.independent).numpy()
+        acceptance[at] = walkers.acceptance()
         again = (worst[at] > rhat) | (least[at] < ess)
         if monitor is not None:
             monitor(int(again.sum()))
         left = torch.nonzero(torch.as_tensor(again))[:, 0]
         if block + 1 == blocks or not len(left):
             break
-        _learn(proposal, here[left.to(here.device)], kept[here[left.to(here.device)]])
         walkers = walkers.part(left)
-        walkers.mixture = mixture.joined(Mixture.of([proposal]))
-        walkers.independent[:] = 0.5
-        walkers.stale[:] = True
+        walkers.learn(kept[here[left.to(here.device)]])
         for turn in range(warm_up):
             walkers.advance(turn, adapt=True)
     return Chains(kept, kept_log, worst, least, acceptance)
