@@ -130,44 +130,45 @@ def chains_of(target, modes, *, g=1, seed=1, first=0, **options):
         return sample_through_surrogates(target, known, rows, streams, **options)
 
 
-def check_moments(values, expected, ess):
-    """Means of values (G, n) are as expected, by the scatter of problems."""
+def check_moments(values, expected):
+    """Means of values (G, n) are as expected, by the scatter of problems (1e-4 by chance)."""
     mean = values.mean(1)
-    assert abs(mean.mean() - expected) < 4 * mean.std(ddof=1) / np.sqrt(len(mean)) + 1e-3
+    error = mean.std(ddof=1) / np.sqrt(len(mean))
+    assert abs(mean.mean() - expected) < stats.t(len(mean) - 1).isf(5e-5) * error + 1e-3
 
 
 @pytest.mark.parametrize(("bend", "wave"), [(0.0, 0.0), (0.15, 0.0), (0.0, 0.1)])
 def test_chains_have_the_moments_of_a_bent_density(bend, wave):
     """Also where the stand-ins cannot be right: a wave is no parabola."""
-    g, target = 6, _Bent(bend, wave)
-    made = chains_of(target, [near(0.0, g=g)], g=g, chains=4, draws=300, blocks=1, rhat=0.0)
+    g, target = 20, _Bent(bend, wave)
+    made = chains_of(target, [near(0.0, g=g)], g=g, chains=4, draws=100, blocks=1, rhat=0.0)
     normal = np.stack([target.normals(v) for v in made.v.flatten(1, 2)])
     for k in (0, 1, 2, 29):
-        check_moments(normal[..., k], 0.0, made.ess)
-        check_moments(normal[..., k] ** 2, 1.0, made.ess)
-        check_moments(np.abs(normal[..., k]) > 1.96, 0.05, made.ess)
+        check_moments(normal[..., k], 0.0)
+        check_moments(normal[..., k] ** 2, 1.0)
+        check_moments(np.abs(normal[..., k]) > 1.96, 0.05)
     assert np.median(made.ess) > 50
-    thin = normal[:, ::20, :2].reshape(-1, 2)
+    thin = normal[:, ::40, :2].reshape(-1, 2)
     for k in (0, 1):
         assert stats.kstest(thin[:, k], "norm").pvalue > 1e-3
 
 
 def test_chains_have_the_tails_of_a_student_distribution():
-    g, target = 6, _Student()
+    g, target = 12, _Student()
     made = chains_of(target, [near(0.0, g=g)], g=g, chains=4, draws=300, blocks=1, rhat=0.0)
     v = made.v.flatten(1, 2).numpy()
     for k in (0, 17):
-        check_moments(v[..., k], 0.0, made.ess)
-        check_moments(v[..., k] ** 2, 8.0 / 6.0, made.ess)
-        check_moments(np.abs(v[..., k]) > stats.t(8).isf(0.01), 0.02, made.ess)
+        check_moments(v[..., k], 0.0)
+        check_moments(v[..., k] ** 2, 8.0 / 6.0)
+        check_moments(np.abs(v[..., k]) > stats.t(8).isf(0.01), 0.02)
 
 
 def test_shares_of_two_modes():
-    g, target = 6, _TwoModes()
+    g, target = 12, _TwoModes()
     modes = [near(-6.3, 0.8, g), near(6.0, 0.6, g)]
-    made = chains_of(target, modes, g=g, chains=4, draws=300, blocks=1, rhat=0.0)
+    made = chains_of(target, modes, g=g, chains=4, draws=100, blocks=1, rhat=0.0)
     v = made.v.flatten(1, 2).numpy()
-    check_moments(v[..., 0] > 0, 0.7, made.ess)
+    check_moments(v[..., 0] > 0, 0.7)
     left = v[v[..., 0] < 0]
     right = v[v[..., 0] > 0]
     assert_allclose(left.std(0).mean(), 1.0, atol=0.02)
@@ -217,7 +218,7 @@ def test_what_repeats_itself_is_drawn_once():
     )  # fmt: skip
     kept = made.v.flatten(1, 2).numpy()[..., 5]
     assert kept.min() > 0
-    check_moments(kept, 3 * np.sqrt(2 / np.pi), made.ess)
+    check_moments(kept, 3 * np.sqrt(2 / np.pi))
 
 
 def test_no_density_is_no_chain():
