@@ -327,7 +327,11 @@ def _joint_fits(
     layout, setups = problem.layout, problem.fits[0].setups
     free = free & torch.isfinite(result.u)
     inverse, bad = inverse_of_free(result.hessian, free)
-    changed = _Structure(problem, result.u, inverse, structure) if structure else None
+    lights = [
+        fit.light(own, layout.band(result.u, b)[0])
+        for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True))
+    ]
+    changed = _Structure(problem, result.u, lights, inverse, structure) if structure else None
     bands, values, slopes = [], [], []
     for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
         u, level = layout.band(result.u, b)
@@ -335,7 +339,7 @@ def _joint_fits(
         state = SimpleNamespace(
             u=u,
             linear=torch.cat([torch.ones_like(u[:, :1]), level], 1),
-            chi2=_chi2(fit, own, u, level),
+            chi2=_chi2(fit, own, lights[b], level),
             cost=result.cost,
             n_iter=result.n_iter,
             converged=result.converged,
@@ -347,7 +351,8 @@ def _joint_fits(
         if changed:
             extra = changed.covariance(jacobian, at, {b: flux_places(setups)})
         own_free = free[:, at[: own.size]]
-        bands.append(in_data_units(fit, own, state, own_free, cov, bad, 0, misfit, extra))
+        band = in_data_units(fit, own, state, lights[b], own_free, cov, bad, 0, misfit, extra)
+        bands.append(band)
         wide = jacobian.new_zeros((*jacobian.shape[:2], layout.size))
         wide[:, :, at] = jacobian
         values.append(params)
@@ -382,12 +387,15 @@ class _Structure:
     source go together, and cancel in part in colours.
     """
 
-    def __init__(self, problem: _BandsProblem, u: torch.Tensor, inverse, amount: float) -> None:
+    def __init__(
+        self, problem: _BandsProblem, u: torch.Tensor, lights, inverse, amount: float
+    ) -> None:
         layout = problem.layout
         self.amount, self.bands, pull = amount, [], 0.0
         for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
             at = layout.index[b]
-            parts = [part for _, part in patches_in(fit, own, layout.band(u, b)[0])]
+            made = patches_in(fit, own, layout.band(u, b)[0], lights[b])
+            parts = [part for _, part in made]
             patches = Patches(
                 *(torch.cat([getattr(p, n) for p in parts]) for n in ("pull", "own", "beyond"))
             )
@@ -409,13 +417,13 @@ class _Structure:
         return self.amount**2 * total
 
 
-def _chi2(fit, problem, u: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
-    rest = fit.data - fit.light(problem, u).sum(1)
+def _chi2(fit, problem, light: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
+    rest = fit.data - light.sum(1)
     if level.shape[1]:
         rest = rest - level.to(rest.dtype) @ fit.templates
     rest = rest * fit.weight
     if problem.whitening is not None:
-        rest = problem.whitening(rest[:, None], torch.arange(len(u), device=u.device))[:, 0]
+        rest = problem.whitening(rest[:, None], torch.arange(len(light), device=light.device))[:, 0]
     return rest.square().sum(1, dtype=_WIDE)
 
 

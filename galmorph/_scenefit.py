@@ -903,11 +903,12 @@ def _summarise(fit, problem, result, bounds, n_iter, misfit, structure) -> Scene
     for k, where in enumerate(problem.where):
         free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
-    extra = None
+    light, extra = fit.light(problem, result.u), None
     if structure:
         _, jacobian = params_and_slopes(fit, problem, result.u)
-        extra = structure**2 * structure_covariance(fit, problem, result.u, inverse, jacobian)
-    return in_data_units(fit, problem, result, free, inverse, bad, n_iter, misfit, extra)
+        missing = structure_covariance(fit, problem, result.u, light, inverse, jacobian)
+        extra = structure**2 * missing
+    return in_data_units(fit, problem, result, light, free, inverse, bad, n_iter, misfit, extra)
 
 
 def inverse_of_free(hessian: torch.Tensor, free: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -947,15 +948,17 @@ def params_and_slopes(fit, problem, u: torch.Tensor) -> tuple[list[torch.Tensor]
 
 
 def in_data_units(
-    fit, problem, result, free, inverse, bad, n_iter, misfit, extra: torch.Tensor | None = None
+    fit, problem, result, light, free, inverse, bad, n_iter, misfit, extra=None
 ) -> SceneFits:
     """What was fitted, given the covariance ``inverse`` (B, U + nb, U + nb) of coordinates.
+
+    ``light`` is that of the sources, from `_Fit.light`.
 
     ``extra`` (B, D + nb, D + nb) is added to that of parameters and background, if not to the
     noise of fluxes.
     """
     params, jacobian = params_and_slopes(fit, problem, result.u)
-    images = fit.light(problem, result.u).double() * fit.scale[:, None, None]
+    images = light.double() * fit.scale[:, None, None]
     images = images.unflatten(2, fit.shape).cpu().numpy()
     off = np.zeros_like(images)
     for part in problem.parts if misfit else []:

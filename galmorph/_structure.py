@@ -140,7 +140,9 @@ class Patches:
         return error
 
 
-def patches_in(fit: Any, problem: Any, u: torch.Tensor) -> Iterator[tuple[torch.Tensor, Patches]]:
+def patches_in(
+    fit: Any, problem: Any, u: torch.Tensor, light: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, Patches]]:
     """The patches of all scenes, some at a time.
 
     Parameters
@@ -149,6 +151,8 @@ def patches_in(fit: Any, problem: Any, u: torch.Tensor) -> Iterator[tuple[torch.
         Of `galmorph._scenefit`.
     u : Tensor, shape (B, U)
         Coordinates of the fits.
+    light : Tensor, shape (B, K, npix)
+        Images of the sources there, in units of the noise.
 
     Yields
     ------
@@ -156,7 +160,7 @@ def patches_in(fit: Any, problem: Any, u: torch.Tensor) -> Iterator[tuple[torch.
         Which scenes.
     patches : Patches
     """
-    light, params = fit.light(problem, u), fit.params_of(problem, u)
+    params = fit.params_of(problem, u)
     for rows in torch.arange(len(u), device=u.device).split(_WINDOW):
         yield rows, _patches_of_scenes(fit, problem, u, rows, light[rows], params)
 
@@ -181,7 +185,12 @@ def _patches_of_scenes(fit, problem, u, rows, images, params) -> Patches:
 
 
 def structure_covariance(
-    fit: Any, problem: Any, u: torch.Tensor, inverse: torch.Tensor, jacobian: torch.Tensor
+    fit: Any,
+    problem: Any,
+    u: torch.Tensor,
+    light: torch.Tensor,
+    inverse: torch.Tensor,
+    jacobian: torch.Tensor,
 ) -> torch.Tensor:
     """What is to be added to the covariance of parameters and background, (B, D + nb, D + nb).
 
@@ -191,6 +200,8 @@ def structure_covariance(
         Of `galmorph._scenefit`.
     u : Tensor, shape (B, U)
         Coordinates of the fits.
+    light : Tensor, shape (B, K, npix)
+        Images of the sources there, in units of the noise.
     inverse : Tensor, shape (B, U + nb, U + nb)
         Their covariance.
     jacobian : Tensor, shape (B, D + nb, U + nb)
@@ -203,7 +214,7 @@ def structure_covariance(
     """
     extra = jacobian.new_zeros((len(u), jacobian.shape[1], jacobian.shape[1]))
     fluxes = flux_places(fit.setups)
-    for rows, patches in patches_in(fit, problem, u):
+    for rows, patches in patches_in(fit, problem, u, light):
         error = patches.errors(jacobian[rows] @ inverse[rows] @ patches.pull, fluxes)
         unseen = patches.unseen(error.shape[1], fluxes)
         extra[rows] = error @ error.transpose(1, 2) + unseen @ unseen.transpose(1, 2)
