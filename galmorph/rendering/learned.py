@@ -165,19 +165,30 @@ def centred(coefficients: torch.Tensor) -> torch.Tensor:
 
 
 def _basis(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The four cubic B-splines at fractions ``t`` of a cell and their slopes: (..., 4)."""
+    """The four cubic B-splines at fractions ``t`` of a cell and their slopes: (4, ...)."""
     s = 1.0 - t
     t2, s2 = t * t, s * s
     value = [s2 * s, 4.0 - 6.0 * t2 + 3.0 * t2 * t, 4.0 - 6.0 * s2 + 3.0 * s2 * s, t2 * t]
     slope = [-s2, t * (3.0 * t - 4.0), s * (4.0 - 3.0 * s), t2]
-    return torch.stack(value, -1) / 6.0, torch.stack(slope, -1) / 2.0
+    return torch.stack(value) / 6.0, torch.stack(slope) / 2.0
+
+
+def _weighted(four: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum (..., P) of four (4, ..., P) with weights (4, P)."""
+    total = four[0] * weights[0]
+    for i in (1, 2, 3):
+        total = torch.addcmul(total, four[i], weights[i])
+    return total
 
 
 class _Spline:
-    """Cubic B-splines on the stretched grid at canonical points (P, 2) of galaxies ``row`` (P,)."""
+    """Cubic B-splines on the stretched grid at canonical points (P, 2) of galaxies ``row`` (P,).
+
+    Points are the last axis inside: sums over the nodes around them are then fast.
+    """
 
     def __init__(self, points: torch.Tensor, row: torch.Tensor) -> None:
-        self.px, self.py = points.unbind(-1)
+        self.px, self.py = points.T.contiguous()
         self.h, self.dh = _stretch(self.px * self.px + self.py * self.py)
         place_x = self.h * self.px + 0.5 * (GRID - 1)
         place_y = self.h * self.py + 0.5 * (GRID - 1)
@@ -187,44 +198,41 @@ class _Spline:
         self.wy, self.sy = _basis(place_y - iy)
         self._first = (iy - 1).int() * GRID + (ix - 1).int()
         self._row = row
-        self._weights = self._outer(self.wy, self.wx)
 
-    @staticmethod
-    def _outer(wy: torch.Tensor, wx: torch.Tensor) -> torch.Tensor:
-        return (wy[:, :, None] * wx[:, None, :]).reshape(-1, 16)
+    def _nodes(self, galaxies: int) -> torch.Tensor:
+        """The first of the nodes around each point in a table of all galaxies, (P,)."""
+        if galaxies == 1:
+            return self._first
+        return self._first + self._row.int() * (GRID * GRID)
 
     def value(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Splines (P, K) of coefficients (B, K, GRID, GRID), or (1, K, ...) for all galaxies."""
         table = coefficients.flatten(2).transpose(1, 2).reshape(-1, coefficients.shape[1])
         four = torch.arange(4, dtype=torch.int32, device=self.px.device)
-        first = self._first
-        if coefficients.shape[0] > 1:
-            first = first + self._row.int() * (GRID * GRID)
+        weights = (self.wy[:, None] * self.wx).flatten(0, 1)
         return torch.nn.functional.embedding_bag(
-            first[:, None] + (four[:, None] * GRID + four).reshape(-1),
+            self._nodes(len(coefficients))[:, None] + (four[:, None] * GRID + four).reshape(-1),
             table,
-            per_sample_weights=self._weights,
+            per_sample_weights=weights.T.contiguous(),
             mode="sum",
         )
 
     def _taps(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """The sixteen coefficients around each point (P, 16), of one spline a galaxy."""
-        around = coefficients.unfold(1, 4, 1).unfold(2, 4, 1)
-        side = GRID - 3
-        index = self._first + torch.div(self._first, GRID, rounding_mode="floor") * (side - GRID)
-        return around.reshape(-1, 16)[index + self._row * (side * side)]
+        """The nodes around each point (4 along x, 4 along y, P), of one spline a galaxy."""
+        four = torch.arange(4, device=self.px.device)
+        index = (four[:, None] + GRID * four)[:, :, None] + self._nodes(len(coefficients))
+        return torch.take(coefficients, index)
 
     def each(self, coefficients: torch.Tensor) -> torch.Tensor:
         """Values (P,) of one spline a galaxy, (B, GRID, GRID)."""
-        return (self._taps(coefficients) * self._weights).sum(1)
+        return _weighted(_weighted(self._taps(coefficients), self.wx), self.wy)
 
     def one(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Value, d/dp_x and d/dp_y (P,) of one spline a galaxy, (B, GRID, GRID)."""
-        taps = self._taps(coefficients).view(-1, 4, 4)
-        along = torch.stack([self.wx, self.sx], -1)
-        rows = taps @ along  # (P, 4, 2): summed along x
-        value, by_x = (rows * self.wy[:, :, None]).sum(1).unbind(1)
-        by_y = (rows[:, :, 0] * self.sy).sum(1)
+        taps = self._taps(coefficients)
+        rows, sloped = _weighted(taps, self.wx), _weighted(taps, self.sx)
+        value, by_x = _weighted(rows, self.wy), _weighted(sloped, self.wy)
+        by_y = _weighted(rows, self.sy)
         across = (by_x * self.px + by_y * self.py) * self.dh
         return value, by_x * self.h + across * self.px, by_y * self.h + across * self.py
 
@@ -407,7 +415,7 @@ class _Levels:
             else:
                 grid, outer = base, torch.full_like(circle, REACH)
             points, row, cell = grid.inside(geometry, inner, outer)
-            u2 = points.square().sum(1)
+            u2 = _square(points)
             window, slope = torch.ones_like(u2), torch.zeros_like(u2)
             if j:
                 window, slope = _window(u2, reach[j - 1][row])
@@ -434,19 +442,23 @@ class _Levels:
     def _add_finer(self, maps: torch.Tensor, fine: list[torch.Tensor]) -> None:
         """Add finer maps to the samples of the first level, complex (C / 2, B, ny, nx)."""
         for b, origin in enumerate(self.base.origins()):
-            lines, total = [], 0.0
-            for first, count in self._finer[0].lines[b]:
-                lines.append((first // 2 - _TAPS, count // 2 + 2 * _TAPS + 1))
+            ends, total = [_coarse(*own, 2) for own in self._finer[0].lines[b]], None
             for j, (grid, flat) in enumerate(zip(self._finer, fine, strict=True), 1):
                 (ny, nx), at = (n for _, n in grid.lines[b]), grid.offset[b]
+                lines = [_coarse(*own, 2**j) for own in grid.lines[b]]
                 to_y, to_x = (
-                    _to_coarser(*coarse, *own, 2**j, flat.dtype, flat.device)
-                    for coarse, own in zip(lines, grid.lines[b], strict=True)
+                    _to_coarser(count, first - 2**j * start, fine, 2**j, flat.dtype, flat.device)
+                    for (start, count), (first, fine) in zip(lines, grid.lines[b], strict=True)
                 )
                 rows = to_y @ flat[at : at + ny * nx].reshape(ny, -1)
-                total = total + to_x @ rows.view(len(to_y), nx, -1)
+                own = to_x @ rows.view(len(to_y), nx, -1)
+                if total is None:
+                    total = own
+                    continue
+                y, x = (start - first for (start, _), (first, _) in zip(lines, ends, strict=True))
+                total[y : y + own.shape[0], x : x + own.shape[1]] += own
             to, of = [], []
-            for (start, count), first, there in zip(lines, origin, maps.shape[2:], strict=True):
+            for (start, count), first, there in zip(ends, origin, maps.shape[2:], strict=True):
                 low, high = max(start, first), min(start + count, first + there)
                 to.append(slice(low - first, max(high, low) - first))
                 of.append(slice(low - start, max(high, low) - start))
@@ -482,7 +494,7 @@ class _BoxSamples:
         """Samples between two radii: canonical (P, 2), galaxy (P,), place in the batch (P,)."""
         self._batch = len(geometry.x_0)
         points = geometry.to_canonical(self._x, self._y)
-        u2 = points.detach().square().sum(-1)
+        u2 = _square(points.detach())
         there = (u2 >= inner.square()[:, None]) & (u2 < outer.square()[:, None])
         cell = torch.nonzero(there.flatten())[:, 0]
         row = torch.div(cell, self._x.numel(), rounding_mode="floor")
@@ -548,7 +560,7 @@ class _LocalSamples:
             (x.to(geometry.r) / self.s)[:, None].expand(shape).flatten(1),
             (y.to(geometry.r) / self.s)[:, :, None].expand(shape).flatten(1),
         )
-        u2 = points.detach().square().sum(-1)
+        u2 = _square(points.detach())
         there = (u2 >= inner.square()[:, None]) & (u2 < outer.square()[:, None])
         in_box = (y <= self._last[0][:, None])[:, :, None] & (x <= self._last[1][:, None])[:, None]
         cell = torch.nonzero((there & in_box.flatten(1)).flatten())[:, 0]
@@ -629,7 +641,7 @@ class _Patches:
         y = (self._first[0][row] + line).to(inner) / self.s
         x = (self._first[1][row] + cell - line * wide).to(inner) / self.s
         points = _canonical(geometry, row, x, y)
-        u2 = points.detach().square().sum(-1)
+        u2 = _square(points.detach())
         cell = torch.nonzero((u2 >= inner.square()[row]) & (u2 < outer.square()[row]))[:, 0]
         return points[cell], row[cell], cell
 
@@ -649,6 +661,12 @@ def _canonical(
     x_0, y_0, along_x, along_y, across_y, across_x = own[row].unbind(1)
     dx, dy = x - x_0, y - y_0
     return torch.stack([along_x * dx + along_y * dy, across_y * dy - across_x * dx], -1)
+
+
+def _square(points: torch.Tensor) -> torch.Tensor:
+    """Squared distance (...) of points (..., 2) from the centre; faster than a sum of two."""
+    x, y = points.unbind(-1)
+    return x * x + y * y
 
 
 def _extent(
@@ -695,18 +713,22 @@ def _filter(finer: int, dtype: torch.dtype, device: torch.device) -> torch.Tenso
     return torch.as_tensor(taps, dtype=dtype, device=device)
 
 
+def _coarse(first: int, count: int, finer: int) -> tuple[int, int]:
+    """The first of the coarse lines that lines reach which are ``finer`` times as close."""
+    low, high = -(-first // finer) - _TAPS, (first + count - 1) // finer + _TAPS
+    return low, high - low + 1
+
+
+@lru_cache(maxsize=1024)
 def _to_coarser(
-    start: int,
-    count: int,
-    first: int,
-    fine: int,
-    finer: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    count: int, first: int, fine: int, finer: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """Matrix (count, fine) from ``fine`` lines from ``first`` on, ``finer`` times as close."""
+    """Matrix (count, fine) from fine lines, ``finer`` times as close, to coarse ones.
+
+    The first fine one is ``first`` fine lines after the first coarse one.
+    """
     taps = _filter(finer, dtype, device)
-    before = first - finer * (start + count - 1) + _TAPS * finer
+    before = first - finer * (count - 1) + _TAPS * finer
     after = before + finer * (count - 1) + fine - len(taps)
     taps = torch.nn.functional.pad(taps, (max(-before, 0), max(after, 0)))
     return taps[max(before, 0) :].unfold(0, fine, finer)[:count].flip(0)

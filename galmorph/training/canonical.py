@@ -45,7 +45,7 @@ def _dense_matrix() -> torch.Tensor:
     weights, _ = _basis(at - first)
     matrix = torch.zeros(2 * GRID - 1, GRID + 2, dtype=torch.float64)
     for tap in range(4):
-        matrix.scatter_add_(1, (first.long() + tap)[:, None], weights[:, tap, None])
+        matrix.scatter_add_(1, (first.long() + tap)[:, None], weights[tap][:, None])
     return matrix[:, 1:-1].float()  # coefficients outside are zero
 
 
