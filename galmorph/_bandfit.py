@@ -8,7 +8,7 @@ steps ask for images: what they get is a square root of the sum, with the same s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -327,19 +327,16 @@ def _joint_fits(
     layout, setups = problem.layout, problem.fits[0].setups
     free = free & torch.isfinite(result.u)
     inverse, bad = inverse_of_free(result.hessian, free)
-    lights = [
-        fit.light(own, layout.band(result.u, b)[0])
-        for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True))
-    ]
-    changed = _Structure(problem, result.u, lights, inverse, structure) if structure else None
+    changed = _Structure(problem, result.u, inverse, structure) if structure else None
     bands, values, slopes = [], [], []
     for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
         u, level = layout.band(result.u, b)
+        light = changed.bands[b].light if changed else fit.light(own, u)
         at = layout.index[b]
         state = SimpleNamespace(
             u=u,
             linear=torch.cat([torch.ones_like(u[:, :1]), level], 1),
-            chi2=_chi2(fit, own, lights[b], level),
+            chi2=_chi2(fit, own, light, level),
             cost=result.cost,
             n_iter=result.n_iter,
             converged=result.converged,
@@ -351,7 +348,7 @@ def _joint_fits(
         if changed:
             extra = changed.covariance(jacobian, at, {b: flux_places(setups)})
         own_free = free[:, at[: own.size]]
-        band = in_data_units(fit, own, state, lights[b], own_free, cov, bad, 0, misfit, extra)
+        band = in_data_units(fit, own, state, light, own_free, cov, bad, 0, misfit, extra)
         bands.append(band)
         wide = jacobian.new_zeros((*jacobian.shape[:2], layout.size))
         wide[:, :, at] = jacobian
@@ -387,17 +384,14 @@ class _Structure:
     source go together, and cancel in part in colours.
     """
 
-    def __init__(
-        self, problem: _BandsProblem, u: torch.Tensor, lights, inverse, amount: float
-    ) -> None:
+    def __init__(self, problem: _BandsProblem, u: torch.Tensor, inverse, amount: float) -> None:
         layout = problem.layout
         self.amount, self.bands, pull = amount, [], 0.0
         for b, (fit, own) in enumerate(zip(problem.fits, problem.problems, strict=True)):
             at = layout.index[b]
-            made = patches_in(fit, own, layout.band(u, b)[0], lights[b])
-            parts = [part for _, part in made]
+            parts = [part for _, part in patches_in(fit, own, layout.band(u, b)[0])]
             patches = Patches(
-                *(torch.cat([getattr(p, n) for p in parts]) for n in ("pull", "own", "beyond"))
+                *(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Patches))
             )
             joint = u.new_zeros((len(u), layout.size, patches.pull.shape[2]))
             joint[:, at] = patches.pull

@@ -433,14 +433,18 @@ class _SceneProblem:
         return (rows[:, None] * count + torch.arange(count, device=rows.device)).flatten()
 
     def linearise(self, u: torch.Tensor, rows: torch.Tensor) -> Linearisation:
+        return self.with_light(u, rows)[0]
+
+    def with_light(self, u: torch.Tensor, rows: torch.Tensor) -> tuple[Linearisation, torch.Tensor]:
+        """The scenes, and the images (b, K, npix) of their sources."""
         columns, chains, penalties, slopes = [], [], [], []
-        total = 0.0
+        every = self.data.new_empty((len(u), self.sources, self.data.shape[1]))
         for part in self.parts:
             count = len(part.slots)
             lin = part.linearise(self.split(u, part), self._flat(rows, part))
             amplitude = lin.amplitude.to(lin.columns.dtype)
-            light = (amplitude[:, None, None] * lin.columns[:, :1]).unflatten(0, (-1, count))
-            total = total + light.sum(1)
+            light = amplitude[:, None] * lin.columns[:, 0]
+            every[:, part.slots] = light.unflatten(0, (-1, count))
             columns.append(lin.columns.unflatten(0, (-1, count)).flatten(1, 2))
             # the derivatives are of a unit image
             own = lin.amplitude[:, None, None] * lin.chain
@@ -457,14 +461,15 @@ class _SceneProblem:
                     slope[:, :, self.where[k]] = by_u[:, j]
                     slopes.append(slope)
         value, slope = self._position_prior(u, rows)
-        return Linearisation(
-            columns=torch.cat([total, *columns], 1),
+        made = Linearisation(
+            columns=torch.cat([every.sum(1, keepdim=True), *columns], 1),
             chain=torch.cat(chains, 1),
             amplitude=torch.ones_like(u[:, 0]),
             amplitude_chain=torch.zeros_like(u),
             penalty=torch.cat([*penalties, value], 1),
             penalty_chain=torch.cat([*slopes, slope], 1),
         )
+        return made, every
 
     def _position_prior(self, u, rows) -> tuple[torch.Tensor, torch.Tensor]:
         value = u.new_zeros((len(u), 2 * self.sources))
@@ -903,11 +908,13 @@ def _summarise(fit, problem, result, bounds, n_iter, misfit, structure) -> Scene
     for k, where in enumerate(problem.where):
         free[:, where.start : where.stop - 1] &= ~dark[:, k, None]
     inverse, bad = inverse_of_free(result.hessian, free)
-    light, extra = fit.light(problem, result.u), None
+    extra = None
     if structure:
         _, jacobian = params_and_slopes(fit, problem, result.u)
-        missing = structure_covariance(fit, problem, result.u, light, inverse, jacobian)
+        missing, light = structure_covariance(fit, problem, result.u, inverse, jacobian)
         extra = structure**2 * missing
+    else:
+        light = fit.light(problem, result.u)
     return in_data_units(fit, problem, result, light, free, inverse, bad, n_iter, misfit, extra)
 
 

@@ -109,6 +109,8 @@ class Patches:
 
     Attributes
     ----------
+    light : Tensor, shape (b, K, npix)
+        Images of the sources, in units of the noise.
     pull : Tensor, shape (b, U + nb, K P)
         J^T W t: by how much they pull the coordinates and the background.
     own : Tensor, shape (b, K, P)
@@ -117,6 +119,7 @@ class Patches:
         The same of the light beyond the image.
     """
 
+    light: torch.Tensor
     pull: torch.Tensor
     own: torch.Tensor
     beyond: torch.Tensor
@@ -140,9 +143,7 @@ class Patches:
         return error
 
 
-def patches_in(
-    fit: Any, problem: Any, u: torch.Tensor, light: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, Patches]]:
+def patches_in(fit: Any, problem: Any, u: torch.Tensor) -> Iterator[tuple[torch.Tensor, Patches]]:
     """The patches of all scenes, some at a time.
 
     Parameters
@@ -151,8 +152,6 @@ def patches_in(
         Of `galmorph._scenefit`.
     u : Tensor, shape (B, U)
         Coordinates of the fits.
-    light : Tensor, shape (B, K, npix)
-        Images of the sources there, in units of the noise.
 
     Yields
     ------
@@ -161,12 +160,15 @@ def patches_in(
     patches : Patches
     """
     params = fit.params_of(problem, u)
+    for part in problem.parts:
+        part.fresh(problem.split(u, part))
     for rows in torch.arange(len(u), device=u.device).split(_WINDOW):
-        yield rows, _patches_of_scenes(fit, problem, u, rows, light[rows], params)
+        yield rows, _patches_of_scenes(fit, problem, u, rows, params)
 
 
-def _patches_of_scenes(fit, problem, u, rows, images, params) -> Patches:
-    """Those of scenes ``rows``, with images (b, K, npix), of the parameters of all."""
+def _patches_of_scenes(fit, problem, u, rows, params) -> Patches:
+    """Those of scenes ``rows``, of the parameters of all."""
+    lin, images = problem.with_light(u[rows], rows)
     rms = torch.tensor([relative_rms(s.model) for s in fit.setups], dtype=u.dtype, device=u.device)
     scale = fit.scale[rows, None]
     flux = torch.stack([p[rows, 0] for p in params], 1) / scale
@@ -180,19 +182,21 @@ def _patches_of_scenes(fit, problem, u, rows, images, params) -> Patches:
     level = resolved[..., None] * rms.repeat_interleave(SECTORS, 1)
     own = images.new_zeros((*count, PATCHES)).scatter_add_(2, patch, images).double()
     beyond = (flux - own.sum(2)).clamp_min(0) * resolved * rms.any(1)
-    pull = _pull(fit, problem, u, rows, images, patch) * level[:, None]
-    return Patches(pull.flatten(2), scale[..., None] * own * level, _BEYOND * scale * beyond)
+    pull = _pull(fit, problem, lin, rows, images, patch) * level[:, None]
+    own, beyond = scale[..., None] * own * level, _BEYOND * scale * beyond
+    return Patches(images, pull.flatten(2), own, beyond)
 
 
 def structure_covariance(
     fit: Any,
     problem: Any,
     u: torch.Tensor,
-    light: torch.Tensor,
     inverse: torch.Tensor,
     jacobian: torch.Tensor,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What is to be added to the covariance of parameters and background, (B, D + nb, D + nb).
+
+    Also the images of the sources, (B, K, npix), in units of the noise.
 
     Parameters
     ----------
@@ -200,8 +204,6 @@ def structure_covariance(
         Of `galmorph._scenefit`.
     u : Tensor, shape (B, U)
         Coordinates of the fits.
-    light : Tensor, shape (B, K, npix)
-        Images of the sources there, in units of the noise.
     inverse : Tensor, shape (B, U + nb, U + nb)
         Their covariance.
     jacobian : Tensor, shape (B, D + nb, U + nb)
@@ -213,12 +215,13 @@ def structure_covariance(
     C Jᵀ W t e, with C their covariance, J the derivatives of the image and W the inverse variance.
     """
     extra = jacobian.new_zeros((len(u), jacobian.shape[1], jacobian.shape[1]))
-    fluxes = flux_places(fit.setups)
-    for rows, patches in patches_in(fit, problem, u, light):
+    fluxes, light = flux_places(fit.setups), []
+    for rows, patches in patches_in(fit, problem, u):
         error = patches.errors(jacobian[rows] @ inverse[rows] @ patches.pull, fluxes)
         unseen = patches.unseen(error.shape[1], fluxes)
         extra[rows] = error @ error.transpose(1, 2) + unseen @ unseen.transpose(1, 2)
-    return extra
+        light.append(patches.light)
+    return extra, torch.cat(light)
 
 
 def flux_places(setups: Sequence[Any]) -> list[int]:
@@ -227,9 +230,8 @@ def flux_places(setups: Sequence[Any]) -> list[int]:
     return [sum(sizes[:k]) for k in range(len(sizes))]
 
 
-def _pull(fit, problem, u, rows, light, patch) -> torch.Tensor:
+def _pull(fit, problem, lin, rows, light, patch) -> torch.Tensor:
     """Jᵀ W t of all patches, (b, U + nb, K, PATCHES)."""
-    lin = problem.linearise(u[rows], rows)
     weight = fit.weight[rows, None]
     templates = fit.templates.expand(len(rows), -1, -1)
     slopes = torch.cat([lin.columns[:, 1:], templates], 1) * weight
